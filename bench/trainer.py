@@ -1,0 +1,157 @@
+"""The trainer on one core: trained tokens a second, that it computes no padding, and acceptance after a minute.
+
+`python -m bench.trainer` writes build/bench/trainer.json. Samples are greedy answers of the real model, made once.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import model, report
+from bench.report import Claim, at_least, at_most
+from bench.samples import shards
+from tided.draft import checkpoint
+from tided.draft.eagle3 import Eagle3
+from tided.draft.init import init_draft
+from tided.model.codec import from_plain, to_plain
+from tided.model.records import JobKind, JobResult, JobSpec, Recipe
+from tided.training.data import Run, equal_packs, read_runs
+from tided.training.loop import pack_loss
+from tided.training.losses import CandidateSampler, Frozen
+from tided.training.optimizer import Optimizer
+from tided.training.options import options_for
+
+WORK = Path("build/bench/trainer")
+TRAIN_REQUESTS, HELD_OUT_REQUESTS = 112, 48
+STEPS, WARM_UP, REPEATS = 30, 10, 3
+BUDGET_S = 60.0
+
+
+def main() -> None:
+    """Measure and publish."""
+    model_dir = model.make(model.DEFAULT)
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    fresh = shards(model_dir, "code", "train", TRAIN_REQUESTS, WORK)
+    held_out = shards(model_dir, "code", "measure", HELD_OUT_REQUESTS, WORK)
+    init_draft(model_dir, WORK / "draft")
+    claims = [*_speed(model_dir, fresh), *_job(model_dir, fresh, held_out)]
+    report.publish("trainer", claims)
+
+
+def _speed(model_dir: Path, fresh: Sequence[str]) -> list[Claim]:
+    """Steps as the job runs them, and the rows that its matrices saw."""
+    source = checkpoint.load(WORK / "draft")
+    frozen = Frozen.read(model_dir, source, "cpu")
+    options = options_for(Recipe.COLD, {})
+    runs = read_runs(fresh, source.config.hidden, source.config.vocab)
+    rates: list[float] = []
+    computed = real = 0
+    for repeat in range(REPEATS):
+        draft = Eagle3.of(source)
+        optimizer = Optimizer(draft, options)
+        sampler = CandidateSampler(runs, frozen, options.negatives)
+        rows = _count_rows(draft)
+        tokens, began = 0, 0.0
+        for step, pack in enumerate(equal_packs(runs, options.batch_tokens)):
+            if step == WARM_UP:
+                tokens, began = 0, time.perf_counter()
+            if step == WARM_UP + STEPS:
+                break
+            pack_loss(draft, pack, frozen, sampler.draw(), options).backward()
+            optimizer.step(0.5)
+            tokens += pack.tokens
+            if not repeat:
+                real += len(pack.positions) + pack.tokens
+        rates.append(tokens / (time.perf_counter() - began))
+        if not repeat:
+            computed = rows["fc"] + rows["first pass"]
+    padded = padded_rows(runs, options.batch_tokens) / sum(run.queries(0).stop for run in runs)
+    prompts_too = padded * sum(run.queries(0).stop for run in runs) / sum(len(run.queries(0)) for run in runs)
+    return [
+        Claim(
+            "trainer-tokens-per-s", "trained tokens a second, one core", report.median(rates), "tokens/s", runs=rates
+        ),
+        at_most("trainer-rows", "rows computed over rows that carry data", computed / real, 1.0),
+        Claim("trainer-rows-padded", "the same, each batch padded to its longest run", padded),
+        Claim(
+            "trainer-rows-asked",
+            "rows in attention, MLP and head a trained token, padded and with prompts",
+            prompts_too,
+        ),
+    ]
+
+
+def _count_rows(draft: Eagle3) -> dict[str, int]:
+    """Rows that fc and the first pass's query projection are given, counted where they are computed."""
+    rows = {"fc": 0, "first pass": 0}
+    last = {"was fc": False}
+
+    def on_fc(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows["fc"] += args[0].shape[0]
+        last["was fc"] = True
+
+    def on_query(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows["first pass"] += args[0].shape[0] if last["was fc"] else 0
+        last["was fc"] = False
+
+    draft.fc.register_forward_pre_hook(on_fc)
+    draft.midlayer.self_attn.q_proj.register_forward_pre_hook(on_query)
+    return rows
+
+
+def padded_rows(runs: Sequence[Run], tokens: int) -> int:
+    """Rows that a trainer computes which pads each batch of about `tokens` trained tokens to its longest run."""
+    total = asked = longest = count = 0
+    for run in runs:
+        asked, longest, count = asked + len(run.queries(0)), max(longest, run.queries(0).stop), count + 1
+        if asked >= tokens:
+            total, asked, longest, count = total + longest * count, 0, 0, 0
+    return total + longest * count
+
+
+def _job(model_dir: Path, fresh: Sequence[str], held_out: Sequence[str]) -> list[Claim]:
+    """A whole job in a process of its own: what a worker runs."""
+    spec = JobSpec(
+        kind=JobKind.TRAIN,
+        engine="bench",
+        target="",
+        target_dir=str(model_dir),
+        draft_dir=str(WORK / "draft"),
+        shards=tuple(fresh),
+        held_out=tuple(held_out),
+        budget_s=BUDGET_S,
+        options={"adapt_vocabulary": True},
+    )
+    (WORK / "spec.json").write_text(json.dumps(to_plain(spec)))
+    command = [sys.executable, "-m", "tided.training", "train", str(WORK / "spec.json"), "--out", str(WORK / "job")]
+    began = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    seconds = time.perf_counter() - began
+    last: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result = from_plain(JobResult, last["result"])
+    assert result.incumbent is not None
+    assert result.candidate is not None
+    memory_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    return [
+        at_most(
+            "trainer-job-s", f"a job with a budget of {BUDGET_S:.0f} s, start to end", seconds, BUDGET_S * 1.2, "s"
+        ),
+        at_least("trainer-acceptance", "held-out acceptance length after it, gamma 4", result.candidate.length, 1.8),
+        Claim("trainer-acceptance-before", "and before it (version 0)", result.incumbent.length),
+        Claim("trainer-job-tokens", "tokens it trained, counted once a pass", result.trained_tokens, "tokens"),
+        Claim("trainer-job-memory", "its peak memory", memory_mib, "MiB"),
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""What several test modules need: polling with a deadline."""
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar, overload
+
+T = TypeVar("T")
+
+
+@overload
+async def eventually(check: Callable[[], Awaitable[T | None]], timeout_s: float = 10.0, poll_s: float = 0.01) -> T: ...
+@overload
+async def eventually(check: Callable[[], T | None], timeout_s: float = 10.0, poll_s: float = 0.01) -> T: ...
+async def eventually(check: Callable[[], Any], timeout_s: float = 10.0, poll_s: float = 0.01) -> Any:
+    """Call `check` until what it returns (or awaits) is truthy, and give that; an AssertionError in it counts as not yet.
+
+    Fails with the last value or assertion after `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    last: object = None
+    while True:
+        try:
+            result = check()
+            value = await result if inspect.isawaitable(result) else result
+            if value:
+                return value
+            last = value
+        except AssertionError as exc:
+            last = exc
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not true within {timeout_s} s; last: {last!r}")
+        await asyncio.sleep(poll_s)

@@ -1,0 +1,240 @@
+"""Algorithm 1: the whole phase x event table, and random histories."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from tided.machine.collection import (
+    AnnounceDrift,
+    Collection,
+    CollectionEvent,
+    CollectionRules,
+    JobSubmitted,
+    Outcome,
+    Phase,
+    Reject,
+    RestartTrend,
+    RowsStored,
+    StartTraining,
+    TimePassed,
+    TrainingEnded,
+    TrainingRequested,
+    TrendJudged,
+    capture_wanted,
+    step,
+    validate_state,
+)
+from tided.model.errors import InvariantBroken
+from tided.model.records import Recipe
+
+NOW = 1_000_000
+RULES = CollectionRules(min_rows=100, max_rows=300, cool_down_ms=1_000)
+
+COLD = Collection(rows=10)
+FULL_COOLING = Collection(rows=100, not_before_ms=NOW + 1)
+FULL = Collection(rows=100, not_before_ms=NOW)
+TRAINING = Collection(Phase.TRAINING, rows=50, trainings=1, job="job-1")
+LATER = Collection(rows=10, trainings=1, deployed=1)
+RETRAINING = Collection(Phase.TRAINING, rows=50, trainings=2, deployed=1, job="job-2")
+STOPPED = Collection(Phase.STOPPED, trainings=2, deployed=1)
+STOPPED_LOW = replace(STOPPED, low=True, drifts=1, drifts_seen=1, drifts_answered=1)
+DRIFTING = replace(LATER, low=True, drifts=1)
+DRIFT_TRAINING = replace(RETRAINING, low=True, drifts=1, drifts_seen=1)
+STATES = {
+    "cold": COLD,
+    "full-cooling": FULL_COOLING,
+    "full": FULL,
+    "training": TRAINING,
+    "later": LATER,
+    "retraining": RETRAINING,
+    "stopped": STOPPED,
+    "stopped-low": STOPPED_LOW,
+    "drifting": DRIFTING,
+    "drift-training": DRIFT_TRAINING,
+}
+EVENTS: dict[str, CollectionEvent] = {
+    "rows": RowsStored(NOW, 100),
+    "few-rows": RowsStored(NOW, 99),
+    "low": TrendJudged(NOW, True),
+    "normal": TrendJudged(NOW, False),
+    "requested": TrainingRequested(NOW),
+    "submitted": JobSubmitted(NOW, "job-9"),
+    "deployed": TrainingEnded(NOW, Outcome.DEPLOYED),
+    "worse": TrainingEnded(NOW, Outcome.WORSE),
+    "undecided": TrainingEnded(NOW, Outcome.UNDECIDED),
+    "job-failed": TrainingEnded(NOW, Outcome.FAILED),
+    "rolled-back": TrainingEnded(NOW, Outcome.ROLLED_BACK),
+    "time": TimePassed(NOW),
+}
+
+C, T, X = Phase.COLLECTING, Phase.TRAINING, Phase.STOPPED
+# phase after each event, in the order of EVENTS
+PHASES = {
+    "cold": (T, C, C, C, T, C, C, C, C, C, C, C),
+    "full-cooling": (C, C, C, C, T, C, C, C, C, C, C, C),
+    "full": (T, C, C, C, T, C, C, C, C, C, C, T),
+    "training": (T, T, T, T, T, T, C, C, C, C, C, T),
+    "later": (T, C, C, C, T, C, C, C, C, C, C, C),
+    "retraining": (T, T, T, T, T, T, C, X, C, C, X, T),
+    "stopped": (X, X, C, X, X, X, X, X, X, X, X, X),
+    "stopped-low": (X, X, X, X, X, X, X, X, X, X, X, X),
+    "drifting": (T, C, C, C, T, C, C, C, C, C, C, C),
+    "drift-training": (T, T, T, T, T, T, C, X, C, C, X, T),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("event", EVENTS)
+def test_the_whole_table(state: str, event: str) -> None:
+    before = STATES[state]
+    validate_state(before)
+    after, actions = step(before, EVENTS[event], RULES)
+    validate_state(after)
+    assert after.phase is PHASES[state][list(EVENTS).index(event)]
+    began = before.phase is not T and after.phase is T
+    assert any(isinstance(action, StartTraining) for action in actions) == began
+    assert any(isinstance(action, AnnounceDrift) for action in actions) == (after.drifts > before.drifts)
+    assert (RestartTrend() in actions) == (after.deployed > before.deployed)
+    if event == "requested" and not began:
+        assert isinstance(actions[0], Reject)
+    if began:
+        assert after.trainings == before.trainings + 1
+
+
+def test_the_recipe_follows_from_what_came_before() -> None:
+    for state, recipe in ((FULL, Recipe.COLD), (LATER, Recipe.REFRESH), (DRIFTING, Recipe.DRIFT)):
+        assert step(state, RowsStored(NOW, 100), RULES)[1] == (StartTraining(recipe, state.since_ms),)
+
+
+def test_after_a_drift_only_newer_samples_count() -> None:
+    after, _ = step(replace(LATER, rows=90), TrendJudged(NOW, True), RULES)
+    assert (after.rows, after.since_ms, after.drifting, after.drifts) == (0, NOW, True, 1)
+    again, actions = step(after, TrendJudged(NOW + 5, True), RULES)
+    assert (again, actions) == (after, ())
+
+
+def test_acceptance_that_hovers_about_the_threshold_does_not_put_the_training_off() -> None:
+    state = LATER
+    for n in range(10):
+        state, _ = step(state, TrendJudged(NOW + n, n % 2 == 0), RULES)
+    assert (state.drifts, state.since_ms) == (1, NOW)
+
+
+def test_a_trend_that_stays_low_after_a_worse_draft_waits_for_the_next_drift() -> None:
+    state, _ = step(DRIFT_TRAINING, TrainingEnded(NOW, Outcome.WORSE), RULES)
+    assert state.phase is X
+    state, actions = step(state, TrendJudged(NOW + 1, True), RULES)
+    assert (state.phase, actions) == (X, ())
+    state, _ = step(state, TrendJudged(NOW + 2, False), RULES)
+    state, actions = step(state, TrendJudged(NOW + 3, True), RULES)
+    assert (state.phase, actions) == (C, (AnnounceDrift(),))
+
+
+def test_a_drift_in_the_middle_of_a_training_is_still_to_be_answered_after_it() -> None:
+    state, actions = step(RETRAINING, TrendJudged(NOW, True), RULES)
+    assert (state.phase, actions) == (T, (AnnounceDrift(),))
+    for outcome in (Outcome.DEPLOYED, Outcome.WORSE):
+        after, _ = step(state, TrainingEnded(NOW + 1, outcome), RULES)
+        assert (after.phase, after.drifting) == (C, True)
+        after, actions = step(after, RowsStored(NOW + 2_000, 100), RULES)
+        assert actions == (StartTraining(Recipe.DRIFT, NOW),)
+
+
+def test_a_failed_job_costs_a_cool_down_and_no_more() -> None:
+    state, _ = step(replace(DRIFT_TRAINING, rows=200), TrainingEnded(NOW, Outcome.FAILED), RULES)
+    assert (state.phase, state.drifting, state.job) == (C, True, "")
+    state, actions = step(state, TimePassed(NOW + 999), RULES)
+    assert actions == ()
+    state, actions = step(state, TimePassed(NOW + 1_000), RULES)
+    assert actions == (StartTraining(Recipe.DRIFT, state.since_ms),)
+
+
+def test_capture_is_wanted_only_while_it_may_be_used() -> None:
+    assert capture_wanted(COLD, RULES)
+    assert capture_wanted(replace(TRAINING, rows=299), RULES)
+    assert not capture_wanted(replace(TRAINING, rows=300), RULES)
+    assert not capture_wanted(STOPPED, RULES)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        replace(LATER, job="job-1"),
+        replace(LATER, deployed=2),
+        replace(STOPPED, drifts=1),
+        replace(STOPPED, deployed=0),
+        replace(LATER, drifts_seen=1),
+        replace(LATER, rows=-1),
+    ],
+)
+def test_impossible_states_are_recognised(broken: Collection) -> None:
+    with pytest.raises(InvariantBroken):
+        validate_state(broken)
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """One training at a time, never inside a cool-down or on too few rows unless an operator asks, and never stuck."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_ms = NOW
+        self.state = Collection()
+        self.training = False
+
+    def happen(self, event: CollectionEvent) -> None:
+        before = self.state
+        self.state, actions = step(before, event, RULES)
+        for action in actions:
+            if isinstance(action, StartTraining):
+                assert not self.training
+                self.training = True
+                asked = isinstance(event, TrainingRequested)
+                assert asked or (self.state.rows >= RULES.min_rows and self.now_ms >= before.not_before_ms)
+                assert self.state.rows > 0
+
+    @rule(rows=st.integers(0, 400))
+    def stored(self, rows: int) -> None:
+        self.happen(RowsStored(self.now_ms, rows))
+
+    @rule(drifting=st.booleans())
+    def judged(self, drifting: bool) -> None:
+        self.happen(TrendJudged(self.now_ms, drifting))
+
+    @rule()
+    def requested(self) -> None:
+        self.happen(TrainingRequested(self.now_ms))
+
+    @rule()
+    def submitted(self) -> None:
+        self.happen(JobSubmitted(self.now_ms, "job-1"))
+
+    @rule(outcome=st.sampled_from(Outcome))
+    def ended(self, outcome: Outcome) -> None:
+        self.happen(TrainingEnded(self.now_ms, outcome))
+        self.training = False
+
+    @rule(ms=st.sampled_from([1, 999, 5_000]))
+    def time_passes(self, ms: int) -> None:
+        self.now_ms += ms
+        self.happen(TimePassed(self.now_ms))
+
+    @invariant()
+    def valid(self) -> None:
+        validate_state(self.state)
+        assert self.training == (self.state.phase is T)
+        if self.state.phase is C and self.state.rows < RULES.max_rows:
+            assert capture_wanted(self.state, RULES)
+
+    def teardown(self) -> None:
+        """From wherever it is, a new drift and enough rows lead to a training."""
+        self.ended(Outcome.UNDECIDED)
+        self.judged(False)
+        self.judged(True)
+        self.time_passes(5_000)
+        self.stored(100)
+        assert self.state.phase is T
+
+
+TestAnyHistory = AnyHistory.TestCase

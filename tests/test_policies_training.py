@@ -1,0 +1,90 @@
+"""Algorithm 1's averages: what counts as a sample, what is drift and what is noise."""
+
+import random
+from functools import reduce
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tided.model.records import RequestStats
+from tided.policies.speedup import expected_length
+from tided.policies.training import AcceptanceTrend, Ema, request_alpha
+
+
+def request(alpha: float, gamma: int = 4, steps: int = 40, version: str = "v") -> RequestStats:
+    accepted = round(steps * (expected_length(alpha, gamma) - 1))
+    return RequestStats(20, 60, steps, steps * gamma, accepted, version)
+
+
+def fed(trend: AcceptanceTrend, requests: list[RequestStats]) -> AcceptanceTrend:
+    return reduce(AcceptanceTrend.add, requests, trend)
+
+
+START = AcceptanceTrend.start(16, 128, 0.05).restart("v")
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 4])
+def test_a_requests_alpha_does_not_depend_on_gamma(gamma: int) -> None:
+    assert request_alpha(request(0.6, gamma, steps=1000)) == pytest.approx(0.6, abs=0.01)
+
+
+def test_a_request_that_never_drafted_says_nothing() -> None:
+    assert request_alpha(RequestStats(5, 9, 0, 0, 0, "v")) is None
+    assert START.add(RequestStats(5, 9, 0, 0, 0, "v")) == START
+    assert START.add(request(0.5, version="other")) == START
+
+
+def test_the_average_is_right_from_the_first_sample() -> None:
+    assert Ema(64).value is None
+    assert Ema(64).add(0.7).value == pytest.approx(0.7)
+    assert Ema(64).add(0.7).add(0.5).value == pytest.approx(0.6, abs=0.01)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=50), st.floats(0.1, 1))
+def test_an_average_lies_within_its_samples(values: list[float], weight: float) -> None:
+    average = reduce(lambda ema, value: ema.add(value, weight), values, Ema(8)).value
+    assert average is not None
+    assert min(values) - 1e-9 <= average <= max(values) + 1e-9
+
+
+def test_a_fall_is_drift_and_is_seen_soon() -> None:
+    steady = fed(START, [request(0.6)] * 100)
+    assert not steady.drifting
+    trend, count = steady, 0
+    while not trend.drifting:
+        trend, count = trend.add(request(0.1)), count + 1
+    assert count <= 4
+
+
+def test_a_rise_is_no_drift() -> None:
+    assert not fed(START, [request(0.3)] * 100 + [request(0.8)] * 30).drifting
+
+
+def test_noise_is_no_drift() -> None:
+    draw = random.Random(0)
+    trend = START
+    for _ in range(2000):
+        trend = trend.add(request(min(1.0, max(0.0, draw.gauss(0.6, 0.05)))))
+        assert not trend.drifting
+
+
+def test_a_few_requests_after_a_swap_are_not_enough() -> None:
+    assert not fed(START, [request(0.9), request(0.1), request(0.1)]).drifting
+
+
+def test_another_version_starts_anew() -> None:
+    drifting = fed(START, [request(0.6)] * 100 + [request(0.1)] * 10)
+    assert drifting.drifting
+    fresh = drifting.restart("w")
+    assert fresh.short.value is None
+    assert not fresh.drifting
+
+
+def test_a_request_that_a_probe_grazed_counts_less() -> None:
+    steady = fed(START, [request(0.6)] * 100)
+    grazed, whole = steady.add(request(0.0, steps=1)), steady.add(request(0.0))
+    assert grazed.short.value is not None
+    assert whole.short.value is not None
+    assert steady.short.value is not None
+    assert steady.short.value > grazed.short.value > whole.short.value

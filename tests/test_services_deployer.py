@@ -1,0 +1,208 @@
+"""Deployments against an engine that behaves, refuses, lies, dies or serves worse: always the last good version in the end."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Valkey
+from tests.control import Control, leading, settings, store_draft, variant
+from tests.engine_double import EngineDouble, Swaps, describe_double, running_double
+from tests.support import eventually
+from tests.tiny import make_draft, make_target
+from tided.model.errors import Conflict, Refused
+from tided.model.records import Deployment, DeploymentState, Draft
+
+pytestmark = pytest.mark.real
+ENGINE = "double"
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("target") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def drafts(tmp_path_factory: pytest.TempPathFactory, target: Path) -> tuple[Path, Path, Path]:
+    root = tmp_path_factory.mktemp("drafts")
+    first = make_draft(target, root / "0", draft_vocab=64)
+    return first, variant(first, root / "1", 1), variant(first, root / "2", 2)
+
+
+@dataclass
+class Scene:
+    control: Control
+    engine: EngineDouble
+    old: Draft
+    new: Draft
+
+    async def deploy(self) -> Deployment:
+        await self.control.cycle()
+        (begun,) = await self.control.plane.deploy(self.new.version, ENGINE, "uid:7")
+        assert begun.state is DeploymentState.PENDING
+        return begun
+
+    async def until(self, *states: DeploymentState, timeout_s: float = 10.0) -> Deployment:
+        async def reached() -> Deployment | None:
+            await self.control.cycle()
+            found = await self.control.controller.deployer.current(ENGINE)
+            return found if found is not None and found.state in states else None
+
+        return await eventually(reached, timeout_s=timeout_s)
+
+    async def ended(self) -> Deployment:
+        return await self.until(DeploymentState.LIVE, DeploymentState.ROLLED_BACK, DeploymentState.FAILED)
+
+    async def serve(self, alpha: float, requests: int = 6) -> None:
+        await self.engine.report(alpha=alpha, requests=requests)
+
+
+@pytest.fixture
+async def scene(valkey: Valkey, tmp_path: Path, target: Path, drafts: tuple[Path, Path, Path]) -> AsyncIterator[Scene]:
+    config = settings(tmp_path, target)
+    async with leading(valkey, config) as control:
+        old, new = (store_draft(control, directory, target) for directory in drafts[:2])
+        async with running_double(valkey, describe_double(target, drafts[0])) as engine:
+            await eventually(lambda: control.context.engines.list())
+            yield Scene(control, engine, old, new)
+
+
+async def test_a_good_swap_goes_live_and_is_read_back(scene: Scene) -> None:
+    await scene.deploy()
+    watching = await scene.until(DeploymentState.WATCHING)
+    assert scene.engine.info.version == scene.new.version
+    assert watching.swap_s == pytest.approx(0.01)
+    await scene.serve(0.7)
+    live = await scene.ended()
+    assert live.state is DeploymentState.LIVE
+    assert live.watched_requests == 6
+    assert scene.engine.kinds().count("Swap") == 1
+    assert (await scene.control.plane.engines())[0].swaps == 1
+    assert [e.kind for e in await scene.control.events("deployment-started", "draft-swapped", "draft-live")] == [
+        "deployment-started",
+        "draft-swapped",
+        "draft-live",
+    ]
+
+
+@pytest.mark.parametrize("swaps", [Swaps.REFUSING, Swaps.LYING_REPLY, Swaps.LYING_BEAT])
+async def test_a_swap_that_fails_or_is_a_lie_ends_on_the_old_version(scene: Scene, swaps: Swaps) -> None:
+    scene.engine.swaps = swaps
+    await scene.deploy()
+    ended = await scene.ended()
+    assert ended.state is DeploymentState.ROLLED_BACK
+    assert scene.engine.info.version == scene.old.version
+    expected = {
+        Swaps.REFUSING: "does not load",
+        Swaps.LYING_REPLY: "it reads back 000000000000",
+        Swaps.LYING_BEAT: "did not report the new version",
+    }
+    assert expected[swaps] in ended.error
+    assert (await scene.control.events("draft-rolled-back"))[0].subject == ENGINE
+
+
+async def test_a_version_that_serves_worse_is_rolled_back_and_never_again(scene: Scene) -> None:
+    await scene.control.cycle()
+    await scene.serve(0.7)
+    await scene.deploy()
+    await scene.until(DeploymentState.WATCHING)
+    await scene.serve(0.1)
+    ended = await scene.ended()
+    assert ended.state is DeploymentState.ROLLED_BACK
+    assert scene.engine.info.version == scene.old.version
+    assert "the incumbent had" in ended.error
+    with pytest.raises(Refused, match="quarantine"):
+        await scene.control.plane.deploy(scene.new.version, ENGINE, "uid:7")
+    assert (await scene.control.plane.draft(scene.new.version)).quarantined
+
+
+async def test_an_engine_that_dies_in_mid_swap_gets_its_last_good_version_back(
+    scene: Scene, valkey: Valkey, target: Path, drafts: tuple[Path, Path, Path]
+) -> None:
+    scene.engine.swaps = Swaps.DYING
+    await scene.deploy()
+    await scene.until(DeploymentState.SWAPPING)
+    await eventually(lambda: scene.engine.dead)
+    async with running_double(valkey, describe_double(target, drafts[2])) as again:
+        ended = await scene.ended()
+        assert ended.state is DeploymentState.ROLLED_BACK
+        assert again.info.version == scene.old.version
+        assert not (await scene.control.plane.draft(scene.new.version)).quarantined  # the engine died, not the draft
+
+
+async def test_an_engine_that_was_restarted_is_put_back_onto_its_version(
+    scene: Scene, valkey: Valkey, target: Path, drafts: tuple[Path, Path, Path]
+) -> None:
+    await scene.deploy()
+    await scene.until(DeploymentState.WATCHING)
+    await scene.serve(0.7)
+    await scene.ended()
+    scene.engine.dead = True
+    await eventually(lambda: not valkey.client.keys("*:info"))
+    async with running_double(valkey, describe_double(target, drafts[0])) as again:
+        await scene.until(DeploymentState.WATCHING)
+        assert again.info.version == scene.new.version
+
+
+async def test_a_draft_that_was_changed_on_disk_is_not_sent(scene: Scene) -> None:
+    weights = scene.control.context.drafts.path(scene.new.version) / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-100] ^= 1
+    weights.write_bytes(raw)
+    await scene.deploy()
+    ended = await scene.ended()
+    assert ended.state is DeploymentState.FAILED
+    assert "changed on disk" in ended.error or "t2d" in ended.error
+    assert "Swap" not in scene.engine.kinds()
+
+
+async def test_one_deployment_at_a_time_and_nothing_twice(scene: Scene) -> None:
+    await scene.deploy()
+    with pytest.raises(Conflict, match="under way"):
+        await scene.control.plane.deploy(scene.old.version, ENGINE, "uid:7")
+    await scene.until(DeploymentState.WATCHING)
+    await scene.serve(0.7)
+    await scene.ended()
+    with pytest.raises(Conflict, match="already serves"):
+        await scene.control.plane.deploy(scene.new.version, ENGINE, "uid:7")
+
+
+async def test_rollback_by_the_operator(scene: Scene) -> None:
+    await scene.deploy()
+    await scene.until(DeploymentState.WATCHING)
+    await scene.serve(0.7)
+    await scene.ended()
+    begun = await scene.control.plane.rollback(ENGINE, "uid:7")
+    assert begun.version == scene.old.version
+    await scene.until(DeploymentState.WATCHING)
+    assert scene.engine.info.version == scene.old.version
+    assert "uid:7" in (await scene.control.plane.draft(scene.new.version)).quarantined
+    audits = await scene.control.events("audit")
+    assert [(e.data["action"], e.data["actor"], e.data["result"]) for e in audits] == [
+        ("deploy", "uid:7", "done"),
+        ("rollback", "uid:7", "done"),
+    ]
+
+
+async def test_a_deployment_under_way_can_be_taken_back(scene: Scene) -> None:
+    await scene.deploy()
+    await scene.until(DeploymentState.WATCHING)
+    taken = await scene.control.plane.rollback(ENGINE, "uid:7")
+    assert taken.state is DeploymentState.RESTORING
+    assert (await scene.ended()).state is DeploymentState.ROLLED_BACK
+    assert scene.engine.info.version == scene.old.version
+
+
+async def test_another_target_or_vocabulary_is_refused(scene: Scene) -> None:
+    await scene.control.cycle()
+    view = scene.control.controller.monitor.views[ENGINE]
+    few = tuple(c for c in view.info.capabilities if c.value != "swap_vocabulary")
+    view.info = replace(view.info, vocab_id="e" * 64, capabilities=few)
+    with pytest.raises(Refused, match="vocabulary"):
+        await scene.control.plane.deploy(scene.new.version, ENGINE, "uid:7")
+    view.info = replace(view.info, target=replace(view.info.target, digest="f" * 64))
+    with pytest.raises(Refused, match="target"):
+        await scene.control.plane.deploy(scene.new.version, ENGINE, "uid:7")
+    refused = await scene.control.events("audit")
+    assert [event.data["result"].split(":")[0] for event in refused] == ["Refused", "Refused"]

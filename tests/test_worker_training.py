@@ -1,0 +1,102 @@
+"""tide-worker with the real trainer on a tiny random Llama: the contract between the agent and `python -m tided.training`."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Valkey
+from tests.shards import train_spec
+from tests.support import eventually
+from tided.draft import checkpoint
+from tided.model.records import Job, JobKind, JobSpec, JobState
+from tided.store.client import connect
+from tided.store.jobs import JobStore
+
+pytestmark = pytest.mark.real
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
+    return train_spec(tmp_path_factory.mktemp("job"), passes=2)
+
+
+@pytest.fixture
+async def jobs(valkey: Valkey) -> AsyncIterator[JobStore]:
+    async with connect(valkey.url) as client:
+        yield JobStore(client, keep_s=60)
+
+
+@pytest.fixture
+def worker(valkey: Valkey, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "tided.worker.agent", "--redis", valkey.url, "--name", "w1"]
+    process = subprocess.Popen([*command, "--work-dir", str(tmp_path), "--drain-s", "0"], cwd=ROOT)
+    yield process
+    process.kill()
+    process.wait()
+
+
+async def ended(jobs: JobStore, job: Job) -> Job:
+    async def there() -> Job | None:
+        found = await jobs.get(job.id)
+        return found if found is not None and found.state.final else None
+
+    found = await eventually(there, timeout_s=60)
+    assert found is not None
+    return found
+
+
+async def test_train_score_and_a_clean_error(jobs: JobStore, spec: JobSpec, worker: subprocess.Popen[bytes]) -> None:
+    trained = await ended(jobs, await jobs.submit(spec, epoch=1))
+    assert trained.state is JobState.SUCCEEDED, trained.error
+    assert trained.result is not None
+    assert checkpoint.verify(Path(trained.result.staged)) == trained.result.version
+    assert trained.result.candidate is not None
+    assert trained.result.trained_tokens > 0
+
+    question = JobSpec(
+        JobKind.SCORE, "e", "t", spec.target_dir, draft_dir=trained.result.staged, held_out=spec.held_out, gamma=3
+    )
+    scored = await ended(jobs, await jobs.submit(question, epoch=1))
+    assert scored.state is JobState.SUCCEEDED, scored.error
+
+    bad = JobSpec(
+        JobKind.TRAIN, "e", "t", spec.target_dir, draft_dir="/nowhere", shards=spec.shards, held_out=spec.held_out
+    )
+    failed = await ended(jobs, await jobs.submit(bad, epoch=1))
+    assert (failed.state, failed.attempt) == (JobState.FAILED, 1)
+    assert "/nowhere" in failed.error
+
+
+async def test_the_trainer_dies_with_a_worker_that_is_killed(
+    jobs: JobStore, spec: JobSpec, worker: subprocess.Popen[bytes]
+) -> None:
+    job = await jobs.submit(spec, epoch=1)
+
+    def trainers() -> list[int]:
+        found: list[int] = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    command = (entry / "cmdline").read_bytes()
+                    state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+                except OSError:
+                    continue
+                if b"tided.training" in command and job.id.encode() in command and state != "Z":
+                    found.append(int(entry.name))
+        return found
+
+    await eventually(trainers, timeout_s=15)
+
+    async def at_work() -> bool:
+        found = await jobs.get(job.id)
+        return found is not None and found.progress is not None
+
+    await eventually(at_work, timeout_s=30)
+    os.kill(worker.pid, signal.SIGKILL)
+    await eventually(lambda: trainers() == [])

@@ -1,0 +1,56 @@
+"""What the API asks of the control plane. `tided.services.plane.ControlPlane` is the one that runs; unit tests bring a fake.
+
+Everything returns records (`tided.model.codec.to_plain` makes JSON of them) and raises only `TideError`; `NotFound` where what is
+named does not exist. `actor` names who asked, for the audit log: "uid:1000". References to drafts are a version digest, an unambiguous
+head of one (at least 6 digits), or "lineage@number".
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from tided.model.records import Deployment, Draft, Event, Job, PolicySetting, SpeculationMode, WorkerInfo
+from tided.model.status import EngineStatus, Status
+
+
+class Plane(Protocol):
+    async def status(self) -> Status: ...
+
+    async def engines(self) -> tuple[EngineStatus, ...]: ...
+
+    async def drafts(self) -> tuple[Draft, ...]: ...
+
+    async def draft(self, ref: str) -> Draft: ...
+
+    async def init_draft(self, target_dir: Path, name: str, actor: str) -> Draft:
+        """Write version 0 for a target and store it as lineage `name`. Takes seconds: the daemon does it in a thread."""
+        ...
+
+    async def deploy(self, ref: str, engine: str | None, actor: str) -> tuple[Deployment, ...]:
+        """Begin to deploy on one engine, or on all that it fits. Returns before the swap has happened."""
+        ...
+
+    async def rollback(self, engine: str, actor: str) -> Deployment: ...
+
+    async def jobs(self, limit: int) -> tuple[Job, ...]: ...
+
+    async def job(self, job_id: str) -> Job: ...
+
+    async def cancel(self, job_id: str, actor: str) -> Job: ...
+
+    async def workers(self) -> tuple[WorkerInfo, ...]: ...
+
+    async def policy(self) -> PolicySetting: ...
+
+    async def set_policy(self, mode: SpeculationMode, gamma: int, actor: str) -> PolicySetting: ...
+
+    async def train_now(self, engine: str | None, actor: str) -> Job:
+        """Submit a training job from what is stored. None: the only engine. Raises `Conflict` when one is in flight."""
+        ...
+
+    async def events(self, after: str, limit: int) -> tuple[Event, ...]:
+        """Events after the id `after`, oldest first; "": the newest `limit`."""
+        ...
+
+    async def purge(self, engine: str | None, actor: str) -> dict[str, Any]:
+        """Delete captured samples, in the stream and on disk. Returns how many rows and bytes went."""
+        ...

@@ -1,0 +1,258 @@
+"""The configuration file as frozen models. Every rule about values, alone or together, is here.
+
+`load(path)` reads TOML and either gives a whole `Config` or raises one `ConfigError` that lists every problem as
+`file: key: what was expected, what was got`; a misspelt key is refused with the nearest known one named.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from tided.model.errors import ConfigError, Refused
+from tided.model.ids import check_name
+
+Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Bytes = Annotated[int, Field(ge=1)]
+
+
+def _name(value: str) -> str:
+    try:
+        return check_name(value)
+    except Refused as exc:
+        raise ValueError(str(exc)) from exc
+
+
+Name = Annotated[str, AfterValidator(_name)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RedisConfig(_Section):
+    """`url` empty: tided starts its own Valkey on a unix socket under `daemon.state_dir`."""
+
+    url: SecretStr = SecretStr("")
+    maxmemory_bytes: Bytes = 512 * 1024 * 1024
+
+    @model_validator(mode="after")
+    def _check_url(self) -> Self:
+        url = self.url.get_secret_value()
+        if url and urlsplit(url).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("url must start with redis://, rediss:// or unix://, or be empty for the embedded Valkey")
+        return self
+
+
+class DaemonConfig(_Section):
+    name: Name = "tided"
+    state_dir: Path = Path("build/state")
+    socket: Path | None = None  # None: state_dir/tided.sock
+    socket_mode: Literal["0600", "0660"] = "0600"
+    lease_ttl_s: Seconds = 10.0
+    cycle_s: Seconds = 0.5
+    http_host: str = "127.0.0.1"
+    http_port: Annotated[int, Field(ge=0, le=65535)] = 0  # 0: no TCP listener
+    start_collector: bool = True
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def socket_path(self) -> Path:
+        return self.socket or self.state_dir / "tided.sock"
+
+
+class TargetConfig(_Section):
+    path: Path = Path("build/models/smollm2")
+
+
+class EngineConfig(_Section):
+    """What the embedded engine, `tide-engine`, starts with."""
+
+    id: Name = "local"
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    device: str = "cpu"
+    threads: Count = 1
+    max_batch: Annotated[int, Field(ge=1, le=64)] = 8
+    max_context: Annotated[int, Field(ge=32)] = 1024
+    gamma_max: Annotated[int, Field(ge=0, le=8)] = 4
+    report_interval_s: Seconds = 0.5
+
+
+class CaptureConfig(_Section):
+    """`credit_bytes` bounds what waits in Redis; `ring_slots` chunks of about 1 MB are allocated in the engine."""
+
+    last_hidden: bool = True
+    ring_slots: Annotated[int, Field(ge=2, le=1024)] = 16
+    credit_bytes: Bytes = 128 * 1024 * 1024
+
+
+class SamplesConfig(_Section):
+    """Bounds of what is kept on disk. `held_out_fraction` of the prompts is never trained on."""
+
+    held_out_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
+    max_bytes: Bytes = 2 * 1024 * 1024 * 1024
+    max_age_s: Seconds = 86400.0
+    shard_rows: Count = 4096
+    shard_age_s: Seconds = 10.0
+
+
+class SpeculationConfig(_Section):
+    """How many tokens are drafted. Speculation is chosen where predicted speedup > 1 + `margin`."""
+
+    policy: Literal["threshold"] = "threshold"
+    gamma_max: Annotated[int, Field(ge=0, le=8)] = 4
+    margin: Annotated[float, Field(ge=0, le=1)] = 0.03
+    hysteresis: Annotated[float, Field(ge=0, le=1)] = 0.03
+    dwell_steps: Count = 32
+    probe_every_s: Seconds = 20.0
+    probe_steps: Count = 16
+
+
+class TrainingConfig(_Section):
+    """When to train (Algorithm 1) and with what."""
+
+    enabled: bool = True
+    min_rows: Count = 20_000
+    short_window: Count = 64
+    long_window: Count = 512
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    cool_down_s: Annotated[float, Field(ge=0)] = 20.0
+    budget_s: Seconds = 180.0
+    replay_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    draft_vocab: Annotated[int, Field(ge=64)] = 8192
+
+    @model_validator(mode="after")
+    def _check_windows(self) -> Self:
+        if self.short_window >= self.long_window:
+            raise ValueError("short_window must be below long_window")
+        return self
+
+
+class GateConfig(_Section):
+    """A draft is deployed only if the lower bound of its gain on held-out requests is above zero."""
+
+    min_requests: Annotated[int, Field(ge=2)] = 30
+    min_tokens: Count = 2000
+    resamples: Annotated[int, Field(ge=100, le=100_000)] = 2000
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    seed: int = 0
+
+
+class DeploymentConfig(_Section):
+    swap_deadline_s: Seconds = 30.0
+    watch_requests: Count = 20
+    watch_s: Seconds = 120.0
+    rollback_margin: Annotated[float, Field(gt=0, lt=1)] = 0.10
+
+
+class JobsConfig(_Section):
+    lease_s: Seconds = 15.0
+    keep_s: Seconds = 7 * 86400.0
+
+
+class WorkerConfig(_Section):
+    name: Name = "worker"
+    kinds: tuple[Literal["train", "score", "reference"], ...] = ("train", "score", "reference")
+    threads: Count = 1
+    device: str = "cpu"
+    drain_s: Annotated[float, Field(ge=0)] = 20.0
+
+
+class Config(_Section):
+    redis: RedisConfig = RedisConfig()
+    daemon: DaemonConfig = DaemonConfig()
+    target: TargetConfig = TargetConfig()
+    engine: EngineConfig = EngineConfig()
+    capture: CaptureConfig = CaptureConfig()
+    samples: SamplesConfig = SamplesConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
+    training: TrainingConfig = TrainingConfig()
+    gate: GateConfig = GateConfig()
+    deployment: DeploymentConfig = DeploymentConfig()
+    jobs: JobsConfig = JobsConfig()
+    worker: WorkerConfig = WorkerConfig()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.daemon.cycle_s * 3 > self.daemon.lease_ttl_s:
+            raise ValueError(
+                "daemon.lease_ttl_s must be at least three times daemon.cycle_s, or the lease is lost between cycles"
+            )
+        if self.speculation.gamma_max > self.engine.gamma_max:
+            raise ValueError(
+                "speculation.gamma_max must not be above engine.gamma_max, which bounds what the engine can draft"
+            )
+        if self.capture.credit_bytes * 2 > self.redis.maxmemory_bytes and not self.redis.url.get_secret_value():
+            raise ValueError("redis.maxmemory_bytes must be at least twice capture.credit_bytes")
+        return self
+
+    @property
+    def redis_url(self) -> str:
+        """Where Redis is: the configured URL, or the embedded Valkey's socket."""
+        socket = (self.daemon.state_dir / "valkey" / "valkey.sock").absolute()
+        return self.redis.url.get_secret_value() or f"unix://{socket}"
+
+    @property
+    def samples_dir(self) -> Path:
+        return self.daemon.state_dir / "samples"
+
+    @property
+    def drafts_dir(self) -> Path:
+        return self.daemon.state_dir / "drafts"
+
+
+def load(path: Path) -> Config:
+    """Read and check a configuration file. Relative paths in it are relative to the working directory.
+
+    Raises `ConfigError` that lists every problem; nothing is ever half taken.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise ConfigError(
+            f"{path}: there is no such file; copy the commented config.toml and pass it with --config"
+        ) from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path}: cannot be read: {exc}") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{path}: not valid TOML: {exc}") from exc
+    return parse(data, str(path))
+
+
+def parse(data: dict[str, Any], source: str) -> Config:
+    """Check a plain table; `source` names it in errors."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as exc:
+        problems = [f"{source}: {_problem(error)}" for error in exc.errors(include_url=False)]
+        raise ConfigError("\n".join(problems)) from exc
+
+
+def _problem(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location) or "(whole file)"
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(location)}"
+    if error["type"] == "value_error":
+        return f"{key}: {error['ctx']['error']}"
+    got = "" if error["type"] == "missing" or "url" in location else f", got {error['input']!r}"
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}{got}"
+
+
+def _nearest(location: list[str]) -> str:
+    model: type[BaseModel] = Config
+    for part in location[:-1]:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ""
+        model = annotation
+    close = difflib.get_close_matches(location[-1], model.model_fields, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(model.model_fields)}"

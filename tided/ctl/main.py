@@ -1,0 +1,307 @@
+"""tidectl: looks at tided and steers it, through the admin socket only.
+
+Exit codes: 0 done, 1 refused (the request is wrong, or what it names does not exist), 2 wrong usage or configuration, 3 tided or
+something behind it is unavailable, 4 conflict (something else is under way), 5 tided failed.
+
+Imports are lazy on purpose: `tidectl status` has 400 ms in all, and the interpreter, typer and rich take most of it.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tided.ctl.locate import socket_path
+from tided.model.errors import ConfigError, Conflict, InvariantBroken, Refused, TideError, Unavailable
+
+if TYPE_CHECKING:
+    from tided.api.client import Client
+
+EXIT_CODES: dict[type[TideError], int] = {Refused: 1, ConfigError: 2, Unavailable: 3, Conflict: 4, InvariantBroken: 5}
+FOLLOW_WAIT_S = 20.0
+
+app = typer.Typer(name="tidectl", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+drafts = typer.Typer(no_args_is_help=True, help="Draft versions: make the first, look, deploy, roll back.")
+jobs = typer.Typer(no_args_is_help=True, help="Jobs on workers: training, scoring.")
+policy = typer.Typer(no_args_is_help=True, help="How many tokens are drafted: tided decides, or you do.")
+train = typer.Typer(no_args_is_help=True, help="Training on demand.")
+config = typer.Typer(no_args_is_help=True, help="Configuration files.")
+for group, name in ((drafts, "drafts"), (jobs, "jobs"), (policy, "policy"), (train, "train"), (config, "config")):
+    app.add_typer(group, name=name)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the API's answer as JSON.")]
+Engine = Annotated[str | None, typer.Option("--engine", help="Id of an engine, as `tidectl engines` lists it.")]
+
+
+@dataclass(frozen=True)
+class _Where:
+    socket: Path | None
+    config: Path | None
+
+
+@app.callback()
+def _root(  # pyright: ignore[reportUnusedFunction]
+    context: typer.Context,
+    socket: Annotated[Path | None, typer.Option(help="tided's admin socket. Else $TIDED_SOCKET is used.")] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="Use the socket that this configuration file names.")
+    ] = None,
+) -> None:
+    """Look at tided and steer it."""
+    context.obj = _Where(socket, config_file)
+
+
+def _client(context: typer.Context) -> "Client":
+    from tided.api.client import Client
+
+    where: _Where = context.obj
+    return Client(socket_path(where.socket, where.config))
+
+
+@app.command()
+def status(context: typer.Context, as_json: Json = False) -> None:
+    """What tided is doing, and why."""
+    client = _client(context)
+    from tided.ctl import render
+
+    render.plain(client.get("/v1/status")) if as_json else render.status(client.status())
+
+
+@app.command()
+def engines(context: typer.Context, as_json: Json = False) -> None:
+    """The connected engines."""
+    from tided.model.status import EngineStatus
+
+    render, answer = _get(context, "/v1/engines")
+    render.plain(answer) if as_json else render.engines(_records(EngineStatus, answer))
+
+
+@app.command()
+def workers(context: typer.Context, as_json: Json = False) -> None:
+    """The connected workers."""
+    from tided.model.records import WorkerInfo
+
+    render, answer = _get(context, "/v1/workers")
+    render.plain(answer) if as_json else render.workers(_records(WorkerInfo, answer))
+
+
+@drafts.command("init")
+def drafts_init(
+    context: typer.Context,
+    target_dir: Annotated[Path, typer.Argument(help="Checkpoint directory of the target model.")],
+    name: Annotated[str | None, typer.Option(help="Name of the new lineage; else the directory's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make version 0 of a draft from the target itself, and store it."""
+    target = target_dir.absolute()
+    answer = _post(context, ("drafts",), {"target_dir": str(target), "name": name or target.name.lower()}, slow=True)
+    _show_draft(answer, as_json)
+
+
+@drafts.command("list")
+def drafts_list(context: typer.Context, as_json: Json = False) -> None:
+    """All stored versions."""
+    from tided.model.records import Draft
+    from tided.model.status import EngineStatus
+
+    render, answer = _get(context, "/v1/drafts")
+    if as_json:
+        render.plain(answer)
+    else:
+        served = [engine.info for engine in _records(EngineStatus, _client(context).get("/v1/engines"))]
+        render.drafts(_records(Draft, answer), served)
+
+
+@drafts.command("show")
+def drafts_show(context: typer.Context, draft: str, as_json: Json = False) -> None:
+    """One version: lineage@number, or the first digits of its digest."""
+    from tided.api.client import api_path
+
+    _show_draft(_client(context).get(api_path("drafts", draft)), as_json)
+
+
+@drafts.command("deploy")
+def drafts_deploy(context: typer.Context, draft: str, engine: Engine = None, as_json: Json = False) -> None:
+    """Swap a version into one engine, or into all that it fits, without asking the gate."""
+    _show_deployments(_post(context, ("drafts", draft, "deploy"), {"engine": engine}), as_json)
+
+
+@drafts.command("rollback")
+def drafts_rollback(context: typer.Context, engine: str, as_json: Json = False) -> None:
+    """Go back to the version that the engine served before, and quarantine the present one."""
+    _show_deployments([_post(context, ("engines", engine, "rollback"), {})], as_json)
+
+
+@jobs.command("list")
+def jobs_list(
+    context: typer.Context,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most this many, newest first.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Jobs, newest first."""
+    from tided.model.records import Job
+
+    render, answer = _get(context, "/v1/jobs", {"limit": limit})
+    render.plain(answer) if as_json else render.jobs(_records(Job, answer))
+
+
+@jobs.command("show")
+def jobs_show(context: typer.Context, job: str, as_json: Json = False) -> None:
+    """One job."""
+    from tided.api.client import api_path
+
+    _show_job(_client(context).get(api_path("jobs", job)), as_json)
+
+
+@jobs.command("cancel")
+def jobs_cancel(context: typer.Context, job: str, as_json: Json = False) -> None:
+    """Stop a job. A running attempt ends within one lease."""
+    _show_job(_post(context, ("jobs", job, "cancel"), {}), as_json)
+
+
+@policy.command("show")
+def policy_show(context: typer.Context, as_json: Json = False) -> None:
+    """What is set."""
+    _show_policy(_client(context).get("/v1/policy"), as_json)
+
+
+@policy.command("set")
+def policy_set(
+    context: typer.Context,
+    mode: Annotated[str, typer.Argument(help="auto, off, or gamma=N.")],
+    as_json: Json = False,
+) -> None:
+    """auto: tided decides by predicted speedup. off: no speculation. gamma=N: always N drafted tokens."""
+    body: dict[str, Any] = {"mode": mode, "gamma": 0}
+    if mode.startswith("gamma=") and mode.removeprefix("gamma=").isdecimal():
+        body = {"mode": "fixed", "gamma": int(mode.removeprefix("gamma="))}
+    elif mode not in ("auto", "off"):
+        raise typer.BadParameter(f"expected auto, off or gamma=N, got {mode!r}", param_hint="MODE")
+    _show_policy(_post(context, ("policy",), body), as_json)
+
+
+@train.command("now")
+def train_now(context: typer.Context, engine: Engine = None, as_json: Json = False) -> None:
+    """Train from what is stored, without waiting for drift or for more samples."""
+    _show_job(_post(context, ("train",), {"engine": engine}), as_json)
+
+
+@app.command()
+def events(
+    context: typer.Context,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more, until Ctrl-C.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many of the newest to begin with.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """What happened, oldest first. With --json one object a line."""
+    client = _client(context)
+    from tided.ctl import render
+    from tided.model.codec import to_plain
+
+    after, wait_s = "", 0.0
+    while True:
+        for item in client.events(after, limit, wait_s):
+            after = item.id
+            render.json_line(to_plain(item)) if as_json else render.event(item)
+        if not follow:
+            return
+        # Nothing happened yet: "0" is before every event.
+        after, limit, wait_s = after or "0", 1000, FOLLOW_WAIT_S
+
+
+@config.command("check")
+def config_check(file: Path) -> None:
+    """Check a configuration file as tided does at its start. Needs no running tided."""
+    from tided.config import load
+
+    load(file)
+    typer.echo(f"{file}: ok")
+
+
+@app.command()
+def purge(
+    context: typer.Context,
+    engine: Engine = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete what was captured from requests, in Redis and on disk, of one engine or of all. Drafts stay."""
+    if not yes:
+        typer.confirm(f"Delete the captured samples of {engine or 'all engines'}?", abort=True)
+    answer = _post(context, ("purge",), {"engine": engine}, slow=True)
+    if as_json:
+        from tided.ctl import render
+
+        render.plain(answer)
+    else:
+        typer.echo(
+            "purged: " + (", ".join(f"{name} {value}" for name, value in answer.items()) or "nothing was stored")
+        )
+
+
+def _get(context: typer.Context, path: str, query: dict[str, str | int | float] | None = None) -> tuple[Any, Any]:
+    """The renderer and the answer: the call comes first, so that a missing daemon is told at once."""
+    answer = _client(context).get(path, query)
+    from tided.ctl import render
+
+    return render, answer
+
+
+def _post(context: typer.Context, parts: tuple[str, ...], body: dict[str, Any], slow: bool = False) -> Any:
+    from tided.api.client import SLOW_TIMEOUT_S, api_path
+
+    return _client(context).post(api_path(*parts), body, SLOW_TIMEOUT_S if slow else None)
+
+
+def _records(cls: type[Any], answer: Any) -> list[Any]:
+    from tided.model.codec import from_plain
+
+    return [from_plain(cls, item) for item in answer]
+
+
+def _show_draft(answer: Any, as_json: bool) -> None:
+    from tided.ctl import render
+    from tided.model.records import Draft
+
+    render.plain(answer) if as_json else render.draft(*_records(Draft, [answer]))
+
+
+def _show_job(answer: Any, as_json: bool) -> None:
+    from tided.ctl import render
+    from tided.model.records import Job
+
+    render.plain(answer) if as_json else render.job(*_records(Job, [answer]))
+
+
+def _show_deployments(answer: Any, as_json: bool) -> None:
+    from tided.ctl import render
+    from tided.model.records import Deployment
+
+    render.plain(answer) if as_json else render.deployments(_records(Deployment, answer))
+
+
+def _show_policy(answer: Any, as_json: bool) -> None:
+    from tided.ctl import render, words
+    from tided.model.records import PolicySetting
+
+    render.plain(answer) if as_json else render.say(f"policy {words.policy(*_records(PolicySetting, [answer]))}")
+
+
+def exit_code(error: TideError) -> int:
+    """See the module's docstring."""
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 5)
+
+
+def main() -> None:
+    """Run tidectl; every error is one line on stderr and an exit code."""
+    try:
+        app()
+    except TideError as exc:
+        sys.stderr.write(f"tidectl: {exc}\n")
+        sys.exit(exit_code(exc))
+
+
+if __name__ == "__main__":
+    main()

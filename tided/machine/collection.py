@@ -1,0 +1,225 @@
+"""When to collect samples and when to train: Algorithm 1 of TIDE (arXiv 2602.05145), for one engine.
+
+Collection starts on. At `min_rows` stored rows a training job begins, from the current draft. A better draft is deployed and
+everything starts over; a worse one ends collection until acceptance drifts. What the paper leaves open and we add: the cool-down
+between trainings, the outcome "undecided" (too few held-out requests to judge), and failures, which cost a cool-down only.
+
+    collecting -> training -> collecting (deployed, undecided, failed) | stopped (worse, rolled back; never from a cold start)
+    stopped -> collecting (drift)
+
+The averages that judge drift are `tided.policies.training.AcceptanceTrend`; the store counts rows since `since_ms`.
+"""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from tided.model.errors import InvariantBroken
+from tided.model.records import Recipe
+
+
+class Phase(StrEnum):
+    COLLECTING = "collecting"
+    TRAINING = "training"  # a job is under way, or its draft is being gated, swapped or watched
+    STOPPED = "stopped"  # the last training gave nothing better: wait for drift
+
+
+class Outcome(StrEnum):
+    DEPLOYED = "deployed"  # better, and it survived its watch
+    WORSE = "worse"  # the gate refused it
+    UNDECIDED = "undecided"  # too few held-out requests to tell: wait for more
+    FAILED = "failed"  # the job or the deployment failed: says nothing about the draft
+    ROLLED_BACK = "rolled-back"
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionRules:
+    """`max_rows` bounds what is captured ahead while a training is under way."""
+
+    min_rows: int = 20_000
+    max_rows: int = 60_000
+    cool_down_ms: int = 20_000
+
+
+DEFAULT_RULES = CollectionRules()
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    phase: Phase = Phase.COLLECTING
+    rows: int = 0  # stored and not yet consumed, since `since_ms`
+    since_ms: int = 0  # samples from before are of another regime: replay at most
+    low: bool = False  # the trend was below its threshold when last judged
+    drifts: int = 0
+    drifts_seen: int = 0  # of these, when the newest training began
+    drifts_answered: int = 0  # of these, when the newest training that gave a verdict began
+    deployed: int = 0
+    trainings: int = 0
+    not_before_ms: int = 0  # the cool-down's end
+    job: str = ""
+
+    @property
+    def drifting(self) -> bool:
+        """Acceptance has drifted, and no training since has given a verdict."""
+        return self.drifts > self.drifts_answered
+
+
+# --- events ---
+
+
+@dataclass(frozen=True, slots=True)
+class RowsStored:
+    """The store's count of unconsumed training rows since `since_ms`: a level, not a difference."""
+
+    now_ms: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrendJudged:
+    """Whether short < long - epsilon now."""
+
+    now_ms: int
+    drifting: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRequested:
+    """An operator wants a training now, cool-down or not."""
+
+    now_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobSubmitted:
+    now_ms: int
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingEnded:
+    now_ms: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    now_ms: int
+
+
+CollectionEvent = RowsStored | TrendJudged | TrainingRequested | JobSubmitted | TrainingEnded | TimePassed
+
+# --- actions ---
+
+
+@dataclass(frozen=True, slots=True)
+class StartTraining:
+    """Submit a job on the rows since `since_ms` (older ones as replay), then report `JobSubmitted`; `FAILED` if that is impossible."""
+
+    recipe: Recipe
+    since_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnnounceDrift:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class RestartTrend:
+    """A new draft serves: its acceptance has another level, so the averages begin anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """For the operator who asked."""
+
+    why: str
+
+
+CollectionAction = StartTraining | AnnounceDrift | RestartTrend | Reject
+Step = tuple[Collection, tuple[CollectionAction, ...]]
+
+
+def capture_wanted(state: Collection, rules: CollectionRules = DEFAULT_RULES) -> bool:
+    """Whether the engine should tap: only while its samples may be trained on."""
+    return state.phase is not Phase.STOPPED and state.rows < rules.max_rows
+
+
+def recipe(state: Collection) -> Recipe:
+    if state.deployed == 0:
+        return Recipe.COLD
+    return Recipe.DRIFT if state.drifting else Recipe.REFRESH
+
+
+def step(state: Collection, event: CollectionEvent, rules: CollectionRules = DEFAULT_RULES) -> Step:
+    """Total: an event that says nothing in a phase changes nothing."""
+    match event:
+        case RowsStored(now_ms, rows):
+            return _train_if_due(replace(state, rows=rows), now_ms, rules)
+        case TimePassed(now_ms):
+            return _train_if_due(state, now_ms, rules)
+        case TrendJudged(now_ms, drifting):
+            return _trend_judged(state, now_ms, drifting=drifting)
+        case TrainingRequested():
+            return _requested(state)
+        case JobSubmitted(_, job):
+            return (replace(state, job=job), ()) if state.phase is Phase.TRAINING else (state, ())
+        case TrainingEnded():
+            return _ended(state, event, rules) if state.phase is Phase.TRAINING else (state, ())
+
+
+def validate_state(state: Collection) -> None:
+    """Raise `InvariantBroken` for a state that no sequence of events can reach."""
+    wrong = (
+        (bool(state.job) and state.phase is not Phase.TRAINING, "a job outside training"),
+        (min(state.rows, state.deployed, state.drifts, state.trainings) < 0, "a negative count"),
+        (state.deployed > state.trainings, "more deployed than trained"),
+        (not 0 <= state.drifts_answered <= state.drifts_seen <= state.drifts, "drifts do not add up"),
+        (state.phase is Phase.STOPPED and state.drifting, "stopped in a drift"),
+        (state.phase is Phase.STOPPED and state.deployed == 0, "stopped without any draft but the cold one"),
+    )
+    for broken, what in wrong:
+        if broken:
+            raise InvariantBroken(f"collection in phase {state.phase}: {what}")
+
+
+def _train_if_due(state: Collection, now_ms: int, rules: CollectionRules) -> Step:
+    due = state.rows >= rules.min_rows and now_ms >= state.not_before_ms
+    return _train(state) if state.phase is Phase.COLLECTING and due else (state, ())
+
+
+def _train(state: Collection) -> Step:
+    training = replace(state, phase=Phase.TRAINING, trainings=state.trainings + 1, drifts_seen=state.drifts)
+    return training, (StartTraining(recipe(state), state.since_ms),)
+
+
+def _requested(state: Collection) -> Step:
+    if state.phase is Phase.TRAINING:
+        return state, (Reject("a training is already under way"),)
+    if state.rows == 0:
+        return state, (Reject("no samples are stored to train on"),)
+    return _train(state)
+
+
+def _trend_judged(state: Collection, now_ms: int, *, drifting: bool) -> Step:
+    """A drift is noted as acceptance falls below the threshold, and once only until a training has answered it: a trend that
+    stays low, or hovers, must neither train for ever nor push the start of its samples ahead of itself."""
+    fell = drifting and not state.low
+    judged = replace(state, low=drifting)
+    in_training = state.phase is Phase.TRAINING
+    if not fell or state.drifts > (state.drifts_seen if in_training else state.drifts_answered):
+        return judged, ()
+    phase = Phase.TRAINING if in_training else Phase.COLLECTING
+    return replace(judged, phase=phase, drifts=state.drifts + 1, since_ms=now_ms, rows=0), (AnnounceDrift(),)
+
+
+def _ended(state: Collection, event: TrainingEnded, rules: CollectionRules) -> Step:
+    cooling = replace(state, phase=Phase.COLLECTING, job="", not_before_ms=event.now_ms + rules.cool_down_ms)
+    if event.outcome in (Outcome.UNDECIDED, Outcome.FAILED):
+        return cooling, ()
+    answered = replace(cooling, drifts_answered=state.drifts_seen)
+    if event.outcome is Outcome.DEPLOYED:
+        return replace(answered, low=False, deployed=state.deployed + 1), (RestartTrend(),)
+    # A cold draft accepts next to nothing, so no drift could ever start collection again: go on trying.
+    stop = answered.deployed > 0 and not answered.drifting
+    return replace(answered, phase=Phase.STOPPED if stop else Phase.COLLECTING), ()

@@ -1,0 +1,360 @@
+"""What the parts of tided tell each other: frozen records without IO. `tided.model.codec` turns them into plain data.
+
+Times named `*_ms` are Redis TIME in milliseconds since the epoch; durations are `*_s`. A `version` is always a draft's content
+digest; an `epoch` is always the fencing number of the leader.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+
+
+class Capability(StrEnum):
+    """What an engine can do at run time. The daemon never asks for what is not declared."""
+
+    TAP = "tap"  # publishes hidden states
+    LAST_HIDDEN = "last_hidden"  # samples carry the last hidden state, for soft targets
+    SCHEDULE = "schedule"  # drafted tokens per batch size can be set between steps
+    SWAP = "swap"  # the draft's weights can be replaced while serving
+    SWAP_VOCABULARY = "swap_vocabulary"  # and so can its vocabulary map
+    PROFILE = "profile"  # measures T(n) and D(b)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetInfo:
+    """The model that is served. `digest` identifies its content (see tided.draft.target)."""
+
+    digest: str
+    name: str
+    layers: int
+    hidden: int
+    vocab: int
+    aux_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyProfile:
+    """T(n): seconds of one target forward over n tokens in all; D(b): seconds of one draft forward over a batch of b.
+
+    `tokens` and `batches` ascend; between them the policy interpolates linearly.
+    """
+
+    tokens: tuple[int, ...]
+    target_s: tuple[float, ...]
+    batches: tuple[int, ...]
+    draft_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """An engine's heartbeat, written by the engine under a TTL."""
+
+    engine: str
+    incarnation: str
+    kind: str  # "transformers", "vllm", "sglang", or any other name for a stack that speaks the protocol
+    url: str  # base URL of its HTTP server, or ""
+    target: TargetInfo
+    version: str  # digest of the draft served now, read back from the loaded weights' source; "" for none
+    vocab_id: str
+    gamma_max: int
+    max_batch: int
+    capabilities: tuple[Capability, ...]
+    gammas: tuple[
+        int, ...
+    ]  # the schedule in force: drafted tokens at batch size 1, 2, ...; the last entry holds beyond
+    capturing: bool
+    epoch: int  # the highest epoch seen
+    profile: LatencyProfile | None = None
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepCounts:
+    """Steps of one (batch size, gamma) since the previous report.
+
+    `accepted[k]` counts request-steps in which exactly k of the gamma drafted tokens were accepted, so it has gamma + 1 entries.
+    Emitted tokens = sum((k + 1) * accepted[k]): the bonus token is always emitted.
+    """
+
+    batch: int
+    gamma: int
+    steps: int
+    seconds: float
+    accepted: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """One finished request. `accepted` and `drafted` count tokens, `spec_steps` its steps with gamma > 0."""
+
+    prompt_tokens: int
+    output_tokens: int
+    spec_steps: int
+    drafted: int
+    accepted: int
+    version: str  # the draft that served its last step
+
+
+@dataclass(frozen=True, slots=True)
+class TapTotals:
+    """A producer's running totals, in rows (one row = one token's states) since its incarnation began.
+
+    tapped = sent + shed + ring; "in flight" on the consumer's side is ring + (sent - stored - lost).
+    """
+
+    tapped: int = 0
+    sent: int = 0
+    shed: int = 0
+    ring: int = 0
+    skipped: int = 0  # rows of requests that opted out: never tapped, never stored
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What an engine reports every `report_interval_s`: its counters since the previous report."""
+
+    engine: str
+    incarnation: str
+    seq: int
+    at_ms: int
+    version: str
+    running: int
+    waiting: int
+    steps: tuple[StepCounts, ...]
+    requests: tuple[RequestStats, ...]
+    tap: TapTotals
+
+
+# --- drafts ----------------------------------------------------------------------------------------------------------
+
+
+class DraftOrigin(StrEnum):
+    INIT = "init"
+    TRAINED = "trained"
+    IMPORTED = "imported"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Acceptance of one draft on held-out requests: what the gate reads.
+
+    `lengths[i]` is request i's acceptance length (bonus token included) at `gamma`, `tokens[i]` the positions it was scored on;
+    `conditional[k]` the probability that drafted token k is right given that all before it were. `groups` are hexadecimal.
+    """
+
+    version: str
+    gamma: int
+    groups: tuple[str, ...]
+    lengths: tuple[float, ...]
+    tokens: tuple[int, ...]
+    conditional: tuple[float, ...]
+    out_of_vocabulary: float = 0.0  # share of scored tokens that the draft vocabulary lacks
+
+    @property
+    def length(self) -> float:
+        """The token-weighted mean acceptance length; 0.0 when nothing was scored."""
+        total = sum(self.tokens)
+        return sum(value * n for value, n in zip(self.lengths, self.tokens, strict=True)) / total if total else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An immutable version in the draft store. `version` is the SHA-256 of its model.safetensors and config.json."""
+
+    version: str
+    lineage: str
+    number: int  # counts up within the lineage, from 0; for people
+    parent: str  # version, or ""
+    origin: DraftOrigin
+    target: str  # target digest
+    vocab_id: str  # digest of its draft vocabulary
+    draft_vocab: int
+    bytes: int
+    created_ms: int
+    job: str = ""
+    evaluation: Evaluation | None = None
+    quarantined: str = ""  # why it must never be deployed again, or ""
+
+
+# --- jobs and workers ------------------------------------------------------------------------------------------------
+
+
+class JobKind(StrEnum):
+    TRAIN = "train"
+    SCORE = "score"
+    REFERENCE = "reference"
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+
+class Recipe(StrEnum):
+    """Why a training job runs; the trainer's rates follow from it (training.md)."""
+
+    COLD = "cold"
+    DRIFT = "drift"
+    REFRESH = "refresh"
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What a worker is asked to do: data only, never code. Paths are on the filesystem that hosts share.
+
+    train: from `draft`, on `shards`, evaluate parent and child on `held_out`. score: evaluate `draft` on `held_out`.
+    reference: reference states of the target for `token_ids`.
+    """
+
+    kind: JobKind
+    engine: str  # the engine whose traffic this is about
+    target: str  # target digest
+    target_dir: str
+    lineage: str = ""
+    draft: str = ""  # version
+    draft_dir: str = ""
+    shards: tuple[str, ...] = ()
+    replay: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    recipe: Recipe = Recipe.COLD
+    gamma: int = 4
+    budget_s: float = 600.0
+    token_ids: tuple[int, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)  # trainer options, checked by tided.training
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a running attempt is. `fraction` in 0..1; `eta_s` < 0 when unknown."""
+
+    fraction: float
+    note: str
+    loss: float | None = None
+    accept_length: float | None = None
+    tokens_per_s: float | None = None
+    eta_s: float = -1.0
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """What an attempt gave. train: `staged` is the directory of the new checkpoint, evaluations are old and new."""
+
+    staged: str = ""
+    version: str = ""
+    incumbent: Evaluation | None = None
+    candidate: Evaluation | None = None
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job as stored. `attempt` counts claims and fences commits: only the newest attempt may finish."""
+
+    id: str
+    spec: JobSpec
+    state: JobState
+    epoch: int  # of the leader that submitted it
+    attempt: int
+    max_attempts: int
+    created_ms: int
+    not_before_ms: int
+    lease_until_ms: int
+    worker: str = ""
+    cancelling: bool = False
+    started_ms: int = 0
+    finished_ms: int = 0
+    progress: Progress | None = None
+    result: JobResult | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A worker's heartbeat, written by the worker under a TTL."""
+
+    worker: str
+    incarnation: str
+    host: str
+    kinds: tuple[JobKind, ...]
+    device: str
+    threads: int
+    job: str = ""
+    draining: bool = False
+    pid: int = 0
+
+
+# --- deployments, policy, events -------------------------------------------------------------------------------------
+
+
+class DeploymentState(StrEnum):
+    PENDING = "pending"
+    SWAPPING = "swapping"
+    WATCHING = "watching"
+    LIVE = "live"
+    RESTORING = "restoring"
+    ROLLED_BACK = "rolled_back"
+    FAILED = "failed"
+
+    @property
+    def final(self) -> bool:
+        return self in (DeploymentState.LIVE, DeploymentState.ROLLED_BACK, DeploymentState.FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """One version on its way onto one engine."""
+
+    id: str
+    engine: str
+    version: str
+    previous: str
+    state: DeploymentState
+    epoch: int
+    created_ms: int
+    updated_ms: int
+    reason: str  # "gate", "operator", "rollback"
+    command: str = ""  # id of the swap or restore command in flight
+    deadline_ms: int = 0
+    watched_requests: int = 0
+    watched_steps: int = 0  # request-steps that drafted since the swap
+    watched_accepted: int = 0  # and the drafted tokens accepted in them
+    baseline_length: float = 0.0  # acceptance length that the incumbent had, for the live watch
+    error: str = ""
+    swap_s: float = 0.0
+
+
+class SpeculationMode(StrEnum):
+    AUTO = "auto"
+    OFF = "off"
+    FIXED = "fixed"
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySetting:
+    """What the operator set: auto, off, or a fixed number of drafted tokens."""
+
+    mode: SpeculationMode = SpeculationMode.AUTO
+    gamma: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened, past tense, for `tidectl events` and the audit log. `data` is plain and small."""
+
+    kind: str
+    at_ms: int
+    subject: str  # engine, job, version or worker
+    message: str
+    data: dict[str, Any] = field(default_factory=dict)
+    id: str = ""

@@ -1,0 +1,85 @@
+"""What tided tells people about itself: one snapshot, assembled by the control plane, shown by tidectl, /metrics and the demo.
+
+Rates and means are over the monitor's recent window; None where nothing was measured yet. Every `reason` is one plain sentence.
+"""
+
+from dataclasses import dataclass
+
+from tided.model.records import Deployment, EngineInfo, Job, PolicySetting, WorkerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationStatus:
+    """What the speculation policy decided last. `gammas` and `predicted` are by batch size: entry b - 1 for batch size b.
+
+    `predicted` is Eq. 5 at that gamma (1.0 where gamma is 0); `alpha` the conditional acceptance probability it used.
+    """
+
+    gammas: tuple[int, ...]
+    predicted: tuple[float, ...]
+    alpha: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStatus:
+    """Algorithm 1 for one engine. `state`: "collecting", "training", "scoring", "deploying", "waiting" or "off"."""
+
+    state: str
+    reason: str
+    short: float | None  # EMAs of acceptance
+    long: float | None
+    rows: int  # stored rows that the next training would use
+    rows_needed: int
+    drifts: int
+    trainings: int
+    job: str = ""  # id of the job in flight
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTotals:
+    """Rows of one engine since its incarnation began: tapped = stored + shed + lost + in_flight, exact when drained."""
+
+    tapped: int
+    stored: int
+    shed: int
+    lost: int
+    in_flight: int
+    duplicated: int
+    skipped: int  # of requests that opted out
+    unknown: int = 0  # tail of killed producers, at most their ring
+    stream_bytes: int = 0  # not acknowledged yet
+    dead: int = 0  # entries set aside as poison; their rows are among the lost
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    info: EngineInfo
+    draft: str  # "lineage@number" of the served version, or ""
+    running: int
+    waiting: int
+    tokens_per_s: float | None
+    accept_length: float | None
+    speculation: SpeculationStatus
+    training: TrainingStatus
+    samples: SampleTotals
+    deployment: Deployment | None = None  # the newest
+    swaps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """`problems` is empty when all is well; each entry says what is wrong and what to do."""
+
+    name: str
+    program: str  # version of tided
+    leader: bool
+    epoch: int
+    uptime_s: float
+    redis: str  # "connected", or why not
+    policy: PolicySetting
+    engines: tuple[EngineStatus, ...]
+    workers: tuple[WorkerInfo, ...]
+    active_jobs: tuple[Job, ...]  # queued or running
+    drafts: int
+    problems: tuple[str, ...] = ()

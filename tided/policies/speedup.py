@@ -1,0 +1,175 @@
+"""Equations 2 to 5 of TIDE (arXiv 2602.05145): expected accepted length and speedup of speculative decoding, and their estimators.
+
+gamma: drafted tokens a step. alpha: probability that a drafted token is accepted given that all before it in the step were; it is
+*conditional*, so accepted / drafted is not it. b: batch size. T(n), D(b): seconds of a target forward over n tokens and of a draft
+forward over a batch of b (`LatencyProfile`). In the embedded engine gamma = 0 costs nothing extra: no draft forward runs at all.
+
+Eq. 2 with one alpha is the model. Drafts that feed on their own features lose accuracy from step to step, so where the conditional
+acceptance a_k of drafted token k was measured, `Acceptance.length` uses 1 + a_1 + a_1 a_2 + ... (Eq. 2 is its case of equal a_k), and
+pulls each a_k towards alpha by a few pseudo-trials, so that positions that were hardly tried fall back to the model.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from tided.model.records import LatencyProfile, StepCounts
+
+_PRIOR_TRIALS = 16.0
+_BISECTIONS = 60
+
+
+def expected_length(alpha: float, gamma: float) -> float:
+    """Eq. 2: E[l] = (1 - alpha^(gamma+1)) / (1 - alpha), tokens a step with the bonus token; gamma + 1 at alpha = 1.
+
+    `gamma` may be a mean over steps, hence real.
+    """
+    if alpha >= 1.0:
+        return gamma + 1.0
+    return (1.0 - alpha ** (gamma + 1.0)) / (1.0 - alpha)
+
+
+def alpha_from_length(length: float, gamma: float) -> float:
+    """The alpha in 0..1 at which Eq. 2 gives `length` at `gamma`, by bisection; clipped at both ends."""
+    if gamma <= 0.0 or length <= 1.0:
+        return 0.0
+    if length >= gamma + 1.0:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if expected_length(middle, gamma) < length:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def alpha_from_counts(accepted: Sequence[float]) -> float | None:
+    """alpha of a histogram of steps by accepted tokens (entry k: k accepted, the last: all gamma accepted).
+
+    accepted / (accepted + steps that ended in a rejection); None when nothing was drafted.
+    """
+    hits = sum(k * count for k, count in enumerate(accepted))
+    rejections = sum(accepted[:-1])
+    return hits / (hits + rejections) if hits + rejections else None
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """Counts by drafted position: of `trials[k]` times that drafted token k was judged (all before it were right), it was
+    accepted `hits[k]` times. Counts may be discounted, hence real."""
+
+    hits: tuple[float, ...] = ()
+    trials: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, steps: Iterable[StepCounts]) -> "Acceptance":
+        """Sum over an engine's reports. Steps with gamma = 0 drafted nothing and count for nothing."""
+        hits: list[float] = []
+        trials: list[float] = []
+        for counts in steps:
+            while len(hits) < counts.gamma:
+                hits.append(0.0)
+                trials.append(0.0)
+            reached = float(sum(counts.accepted))
+            for k in range(counts.gamma):
+                trials[k] += reached
+                reached -= counts.accepted[k]
+                hits[k] += reached
+        return cls(tuple(hits), tuple(trials))
+
+    @classmethod
+    def prior(cls, conditional: Sequence[float], trials: float) -> "Acceptance":
+        """What an evaluation with these conditional acceptances says, worth `trials` trials a position."""
+        return cls(tuple(a * trials for a in conditional), (trials,) * len(conditional))
+
+    def plus(self, other: "Acceptance", keep: float = 1.0) -> "Acceptance":
+        """These counts discounted by `keep`, and the others."""
+        size = max(len(self.hits), len(other.hits))
+
+        def at(values: tuple[float, ...], k: int) -> float:
+            return values[k] if k < len(values) else 0.0
+
+        return Acceptance(
+            tuple(keep * at(self.hits, k) + at(other.hits, k) for k in range(size)),
+            tuple(keep * at(self.trials, k) + at(other.trials, k) for k in range(size)),
+        )
+
+    @property
+    def steps(self) -> float:
+        """Request-steps that drafted something."""
+        return self.trials[0] if self.trials else 0.0
+
+    @property
+    def alpha(self) -> float | None:
+        """accepted / (accepted + steps that ended in a rejection), over all positions; None without trials."""
+        total = sum(self.trials)
+        return sum(self.hits) / total if total > 0 else None
+
+    def conditional(self, k: int) -> float:
+        """a_k for drafted token k (from 0), pulled towards alpha; 0.0 without trials."""
+        alpha = self.alpha
+        if alpha is None:
+            return 0.0
+        if k >= len(self.trials):
+            # Acceptance falls with depth: beyond what was tried, the deepest estimate is the better guess than the mean.
+            return min(alpha, self.conditional(len(self.trials) - 1))
+        return (self.hits[k] + _PRIOR_TRIALS * alpha) / (self.trials[k] + _PRIOR_TRIALS)
+
+    def length(self, gamma: int) -> float:
+        """E[l] = 1 + a_1 + a_1 a_2 + ... at `gamma` drafted tokens."""
+        total, chain = 1.0, 1.0
+        for k in range(gamma):
+            chain *= self.conditional(k)
+            total += chain
+        return total
+
+
+def interpolate(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
+    """Piecewise linear through (xs, ys), xs ascending; the end segments go on beyond the ends, never below the smallest y."""
+    if len(xs) == 1:
+        return ys[0]
+    i = min(max(bisect_left(xs, x), 1), len(xs) - 1)
+    slope = (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
+    return max(ys[i - 1] + slope * (x - xs[i - 1]), min(ys))
+
+
+def monotone(profile: LatencyProfile) -> LatencyProfile:
+    """The profile with every time lowered to the least one at or beyond it: more work never takes less, so what says so is noise.
+
+    Disturbances only ever lengthen a measurement. After this no speedup can exceed E[l].
+    """
+
+    def lowered(times: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(min(times[i:]) for i in range(len(times)))
+
+    return replace(profile, target_s=lowered(profile.target_s), draft_s=lowered(profile.draft_s))
+
+
+def target_s(profile: LatencyProfile, tokens: float) -> float:
+    """T(n): seconds of one target forward over `tokens` tokens in all."""
+    return interpolate(profile.tokens, profile.target_s, tokens)
+
+
+def draft_s(profile: LatencyProfile, batch: float) -> float:
+    """D(b): seconds of one draft forward over a batch of `batch`."""
+    return interpolate(profile.batches, profile.draft_s, batch)
+
+
+def step_s(profile: LatencyProfile, batch: int, gamma: int) -> float:
+    """Seconds of one step: gamma D(b) + T(b (gamma + 1)), the numerator of Eq. 3."""
+    drafting = gamma * draft_s(profile, batch) if gamma else 0.0
+    return drafting + target_s(profile, batch * (gamma + 1))
+
+
+def speedup_of_length(profile: LatencyProfile, batch: int, gamma: int, length: float) -> float:
+    """Eq. 5 with a given E[l]: E[l] / (c(b) gamma + beta(b)), c(b) = D(b)/T(b), beta(b) = T(b (gamma+1))/T(b). 1.0 at gamma = 0."""
+    if gamma == 0:
+        return 1.0
+    return length * target_s(profile, batch) / step_s(profile, batch, gamma)
+
+
+def speedup(profile: LatencyProfile, batch: int, gamma: int, alpha: float) -> float:
+    """Eq. 5 with E[l] of Eq. 2."""
+    return speedup_of_length(profile, batch, gamma, expected_length(alpha, gamma))

@@ -1,0 +1,439 @@
+"""tided-collector: a process of its own that brings samples from the engines' streams to shards on disk.
+
+For each engine one task: read the stream as a consumer group, check every entry, hold rows until their requests end, write them
+durably, and only then acknowledge, in one step with deduplication and counting (tided.store.ledger). Whatever dies in between,
+nothing that was acknowledged is lost and nothing is stored twice: entries that were not acknowledged are delivered again, and a
+commit that was durable but not acknowledged is finished first.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import anyio
+import anyio.to_thread
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from tided import config
+from tided.model import failpoints
+from tided.model.codec import from_plain, to_plain
+from tided.model.errors import Refused, TideError, Unavailable
+from tided.model.ids import check_name
+from tided.model.records import EngineInfo
+from tided.services.assembly import Assembly, Limits, Plan, SeenChunks
+from tided.store import ledger
+from tided.store.client import closing, connect, connect_blocking, shown, translated
+from tided.store.ledger import StoredChunk
+from tided.store.samples import Commit, SampleStore
+from tided.wire import keys
+from tided.wire.control import decode
+from tided.wire.notify import notify, watchdog_interval_s
+from tided.wire.samples import check_payload, decode_header
+
+log = structlog.get_logger(__name__)
+
+READ_COUNT = 4  # of about 1 MB each: data-plane.md, COUNT x chunk <= 4 MB
+BLOCK_S = 0.5
+UPKEEP_S = 2.0
+ABSENT_S = 30.0
+CLAIM_EVERY_S = 60.0
+CLAIM_IDLE_S = 300.0
+MAX_DELIVERIES = 5
+CAREFUL_DELIVERIES = 3
+BACKOFF_S = (0.1, 2.0)
+_CONSUMER = "collector"
+
+Entry = tuple[str, dict[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class CollectorSettings:
+    """`consumer` names this collector in the group: the same name after a restart finds what was pending."""
+
+    redis_url: str
+    limits: Limits
+    consumer: str = _CONSUMER
+    max_deliveries: int = MAX_DELIVERIES
+
+
+class EngineCollector:
+    """Collects one engine's samples. One task calls it; one collector serves an engine."""
+
+    def __init__(self, engine: str, settings: CollectorSettings, store: SampleStore) -> None:
+        self.engine = check_name(engine, "engine")
+        self._settings, self._store = settings, store
+        self._stream = keys.samples(engine)
+        self._assembly = Assembly(settings.limits)
+        self._seen: dict[str, SeenChunks] = {}
+        self._unfinished: list[Commit] = []
+        self._started = False
+        self._upkeep_s = self._claim_s = 0.0
+        self._absent_since_s: float | None = None
+        self._log = log.bind(engine=engine)
+
+    def adopt(self, commit: Commit) -> None:
+        """Finish a commit that an earlier collector made durable, before anything is read."""
+        self._unfinished.append(commit)
+
+    async def run(self, stopping: anyio.Event) -> None:
+        """Collect until `stopping` is set, then write what is held and acknowledge it. Survives Redis and a full disk."""
+        wait_s = BACKOFF_S[0]
+        while not stopping.is_set():
+            try:
+                async with (
+                    closing(connect(self._settings.redis_url)) as redis,
+                    closing(connect_blocking(self._settings.redis_url, BLOCK_S)) as reader,
+                ):
+                    await self._prepare(redis)
+                    wait_s = BACKOFF_S[0]
+                    await self._collect(redis, reader, stopping)
+            except Unavailable as exc:
+                self._log.warning("collecting is interrupted", error=str(exc))
+                with anyio.move_on_after(wait_s):
+                    await stopping.wait()
+                wait_s = min(wait_s * 2, BACKOFF_S[1])
+        await self._drain()
+
+    async def _prepare(self, redis: Redis) -> None:
+        """After every interruption: finish durable commits, then take what was delivered to us and is not held."""
+        with translated("samples"):
+            try:
+                await redis.xgroup_create(self._stream, keys.SAMPLES_GROUP, id="0", mkstream=True)
+            except ResponseError as exc:
+                if not str(exc).startswith("BUSYGROUP"):
+                    raise
+        await self._finish(redis)
+        await self._take_pending(redis)
+        self._started = True
+
+    async def _collect(self, redis: Redis, reader: Redis, stopping: anyio.Event) -> None:
+        while not stopping.is_set():
+            if time.monotonic() >= self._upkeep_s:
+                await self._upkeep(redis)
+            if not self._assembly.full:
+                for entry in await self._read(reader):
+                    await self._admit(redis, entry)
+            await self._write_due(redis)
+
+    async def _drain(self) -> None:
+        try:
+            async with closing(connect(self._settings.redis_url)) as redis:
+                await self._finish(redis)
+                await self._write_due(redis, everything=True)
+        except Unavailable as exc:
+            self._log.warning("stopped with unwritten samples, which stay in the stream", error=str(exc))
+
+    # --- reading ---
+
+    async def _read(self, reader: Redis) -> list[Entry]:
+        """New entries. A failed or cancelled read may have delivered some that never arrived here: `_take_pending` finds them."""
+        with translated("samples"):
+            found = await reader.xreadgroup(
+                keys.SAMPLES_GROUP,
+                self._settings.consumer,
+                {self._stream: ">"},
+                count=READ_COUNT,
+                block=int(BLOCK_S * 1000),
+            )
+        failpoints.hit("collector.read")
+        streams = cast("list[Any]", found or [])
+        return [(entry.decode(), fields) for _, entries in streams for entry, fields in entries]
+
+    async def _take_pending(self, redis: Redis) -> None:
+        """Entries that were delivered to this consumer and are not held: one by one, so that a poison one is found out.
+
+        Only the first round of a process counts as a delivery: losing the connection says nothing against an entry.
+        """
+        last = "-"
+        while True:
+            with translated("samples"):
+                pending = await redis.xpending_range(
+                    self._stream, keys.SAMPLES_GROUP, last, "+", 100, consumername=self._settings.consumer
+                )
+            for item in pending:
+                entry = cast("bytes", item["message_id"]).decode()
+                last = f"({entry}"
+                if not self._assembly.holds_entry(entry):
+                    await self._take_one(redis, entry, int(item["times_delivered"]))
+            if not pending:
+                return
+
+    async def _take_one(self, redis: Redis, entry: str, deliveries: int) -> None:
+        with translated("samples"):
+            if not self._started:
+                await redis.xclaim(self._stream, keys.SAMPLES_GROUP, self._settings.consumer, 0, [entry])
+            found = cast("list[Any]", await redis.xrange(self._stream, entry, entry))
+            if not found:  # trimmed while it was pending: `settle` counts it as lost
+                await redis.xack(self._stream, keys.SAMPLES_GROUP, entry)
+                return
+        fields = cast("dict[bytes, bytes]", found[0][1])
+        if deliveries >= self._settings.max_deliveries:
+            await self._set_aside(redis, (entry, fields), f"delivered {deliveries} times without a result")
+            return
+        await self._admit(redis, (entry, fields))
+        await self._write_due(redis, everything=deliveries >= CAREFUL_DELIVERIES)
+
+    async def _claim_others(self, redis: Redis) -> None:
+        """Take over what other consumers of the group left lying."""
+        with translated("samples"):
+            reply = await redis.xautoclaim(
+                self._stream,
+                keys.SAMPLES_GROUP,
+                self._settings.consumer,
+                min_idle_time=int(CLAIM_IDLE_S * 1000),
+                count=READ_COUNT,
+            )
+        for entry, fields in cast("list[Any]", reply[1]):
+            if fields is not None and not self._assembly.holds_entry(entry.decode()):
+                await self._admit(redis, (entry.decode(), fields))
+
+    async def _admit(self, redis: Redis, item: Entry) -> None:
+        """Check one entry; hold it, or take it out of the stream as a double or as poison."""
+        entry, fields = item
+        data, payload = fields.get(b"h", b""), fields.get(b"p", b"")
+        try:
+            header = decode_header(data)
+            if header.engine != self.engine:
+                raise Refused("sample header: it names another engine than its stream")
+            check_payload(header, payload)
+        except Refused as exc:
+            await self._set_aside(redis, item, str(exc))
+            return
+        seen = await self._seen_of(redis, header.incarnation)
+        size = len(data) + len(payload)
+        if header.seq in seen or self._assembly.holds_chunk(header.incarnation, header.seq):
+            await ledger.discard_double(redis, self.engine, header.incarnation, entry, size, header.rows)
+            return
+        done = seen.partial.pop(header.seq, frozenset[int]())
+        self._assembly.add(entry, size, header, payload, time.monotonic(), done)
+        failpoints.hit("collector.admitted")
+
+    async def _seen_of(self, redis: Redis, incarnation: str) -> SeenChunks:
+        seen = self._seen.get(incarnation)
+        if seen is None:
+            seen = self._seen[incarnation] = SeenChunks(await ledger.read_seen(redis, self.engine, incarnation))
+        return seen
+
+    async def _set_aside(self, redis: Redis, item: Entry, reason: str) -> None:
+        entry, fields = item
+        size = len(fields.get(b"h", b"")) + len(fields.get(b"p", b""))
+        await ledger.set_aside(redis, self.engine, entry, size, reason)
+        self._log.error("poison entry set aside", entry=entry, reason=reason)
+
+    # --- writing ---
+
+    async def _write_due(self, redis: Redis, *, everything: bool = False) -> None:
+        plan = self._assembly.due(time.monotonic(), everything=everything)
+        if plan is None:
+            return
+        if not plan.runs:
+            await self._acknowledge(redis, plan.acknowledgements)
+            self._forget(plan)
+            return
+        receipt = {"engine": self.engine, "acknowledge": to_plain(plan.acknowledgements)}
+        commit = await anyio.to_thread.run_sync(self._store.commit, plan.runs, receipt)
+        self._unfinished.append(commit)
+        self._forget(plan)
+        failpoints.hit("collector.committed")
+        await self._finish(redis)
+        self._log.debug("samples stored", rows=sum(run.rows for runs in plan.runs.values() for run in runs))
+
+    def _forget(self, plan: Plan) -> None:
+        for incarnation, seq in self._assembly.written(plan):
+            self._seen[incarnation].add(seq)
+
+    async def _finish(self, redis: Redis) -> None:
+        """Acknowledge and publish durable commits, oldest first. Each step may be repeated."""
+        while self._unfinished:
+            commit = self._unfinished[0]
+            receipt = cast("dict[str, Any]", commit.receipt["acknowledge"])
+            chunks = {
+                incarnation: [from_plain(StoredChunk, chunk, "receipt") for chunk in plain]
+                for incarnation, plain in receipt.items()
+            }
+            await self._acknowledge(redis, chunks)
+            failpoints.hit("collector.acknowledged")
+            await anyio.to_thread.run_sync(self._store.publish, commit)
+            del self._unfinished[0]
+
+    async def _acknowledge(self, redis: Redis, chunks: dict[str, list[StoredChunk]]) -> None:
+        for incarnation, stored in chunks.items():
+            await ledger.acknowledge(redis, self.engine, incarnation, stored)
+
+    # --- upkeep ---
+
+    async def _upkeep(self, redis: Redis) -> None:
+        """Entries of dead collectors, and the account of lost rows and dead producers."""
+        now_s = time.monotonic()
+        self._upkeep_s = now_s + UPKEEP_S
+        if now_s >= self._claim_s:
+            self._claim_s = now_s + CLAIM_EVERY_S
+            await self._claim_others(redis)
+        alive = await self._alive(redis, now_s)
+        for incarnation in await ledger.incarnations(redis, self.engine):
+            gone = alive is not None and incarnation != alive
+            if gone:
+                self._assembly.end_incarnation(incarnation, now_s)
+            await ledger.settle(redis, self.engine, incarnation, alive=not gone)
+            if gone and incarnation not in self._assembly.incarnations():
+                self._seen.pop(incarnation, None)
+
+    async def _alive(self, redis: Redis, now_s: float) -> str | None:
+        """The incarnation that is alive; "" when surely none is; None when that cannot be told yet."""
+        with translated("samples"):
+            data = cast("bytes | None", await redis.get(keys.info(self.engine)))
+        if data is not None:
+            self._absent_since_s = None
+            try:
+                return decode(EngineInfo, data).incarnation
+            except Refused:
+                return None
+        if self._absent_since_s is None:
+            self._absent_since_s = now_s
+        return "" if now_s - self._absent_since_s >= ABSENT_S else None
+
+
+class Collector:
+    """All engines of one Redis: finds them, runs one `EngineCollector` each."""
+
+    def __init__(self, settings: CollectorSettings, store: SampleStore, engines: Sequence[str] = ()) -> None:
+        self._settings, self._store = settings, store
+        self._engines = set(engines)
+        self._running: set[str] = set()
+
+    async def run(self, stopping: anyio.Event) -> None:
+        """Collect until `stopping` is set and everything that is held was written."""
+        adopted: dict[str, list[Commit]] = {}
+        for commit in await anyio.to_thread.run_sync(self._store.unpublished):
+            adopted.setdefault(str(commit.receipt["engine"]), []).append(commit)
+        self._engines.update(adopted)
+        async with anyio.create_task_group() as tasks:
+            while not stopping.is_set():
+                await self._find()
+                await self._prune()
+                for engine in self._engines - self._running:
+                    self._running.add(engine)
+                    collector = EngineCollector(engine, self._settings, self._store)
+                    for commit in adopted.pop(engine, []):
+                        collector.adopt(commit)
+                    tasks.start_soon(collector.run, stopping, name=f"collect {engine}")
+                with anyio.move_on_after(UPKEEP_S):
+                    await stopping.wait()
+
+    async def _find(self) -> None:
+        """Engines that are alive, and engines that left samples behind."""
+        try:
+            async with closing(connect(self._settings.redis_url)) as redis:
+                with translated("engines"):
+                    for pattern in (keys.ENGINE_INFO_PATTERN, keys.SAMPLES_PATTERN):
+                        async for key in redis.scan_iter(match=pattern, count=1000):
+                            self._add(bytes(key).decode(errors="replace"))
+            notify(f"STATUS=collecting from {len(self._engines)} engines")
+        except TideError as exc:
+            log.warning("engines cannot be looked up", error=str(exc))
+            notify(f"STATUS=degraded: {exc}")
+
+    async def _prune(self) -> None:
+        try:
+            gone = await anyio.to_thread.run_sync(self._store.prune)
+        except Unavailable as exc:
+            log.warning("samples cannot be pruned", error=str(exc))
+            return
+        for reason, discarded in gone.items():
+            if discarded.shards:
+                log.info("samples pruned", reason=reason.value, rows=discarded.rows, bytes=discarded.bytes)
+
+    def _add(self, key: str) -> None:
+        try:
+            self._engines.add(check_name(key.partition("{")[2].partition("}")[0], "engine"))
+        except Refused as exc:
+            log.warning("key of no engine", error=str(exc))
+
+
+async def serve(settings: CollectorSettings, store: SampleStore) -> None:
+    """The process: READY when the store is ours, drains on SIGTERM and SIGINT."""
+    stopping = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(_stop_on_signal, stopping)
+        tasks.start_soon(_watchdog)
+        log.info("collecting", redis=shown(settings.redis_url), root=str(store.root))
+        notify("READY=1")
+        await Collector(settings, store).run(stopping)
+        notify("STOPPING=1")
+        tasks.cancel_scope.cancel()
+
+
+async def _stop_on_signal(stopping: anyio.Event) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            stopping.set()
+
+
+async def _watchdog() -> None:
+    interval_s = watchdog_interval_s()
+    while interval_s is not None:
+        notify("WATCHDOG=1")
+        await anyio.sleep(interval_s)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`tided-collector --config config.toml`. Exit status 2 for what a person must change, 1 for anything else."""
+    parser = argparse.ArgumentParser(prog="tided-collector", description="Brings engines' samples from Redis to disk.")
+    parser.add_argument("--config", type=Path, help="the configuration file; without it, the defaults")
+    parser.add_argument(
+        "--redis", metavar="URL", help="instead of the configured one; TIDED_REDIS_URL keeps it out of ps"
+    )
+    parser.add_argument("--root", type=Path, metavar="DIR", help="where shards go, instead of STATE_DIR/samples")
+    options = parser.parse_args(argv)
+    failure: BaseException | None = None
+    try:
+        _run(options)
+    except* (TideError, OSError) as group:
+        failure = _first(group)
+    if failure is not None:
+        sys.stderr.write(f"tided-collector: {failure}\n")
+        raise SystemExit(1 if isinstance(failure, Unavailable) else 2)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
+
+
+def _run(options: argparse.Namespace) -> None:
+    settings = config.load(options.config) if options.config else config.Config()
+    _log_json(settings.daemon.log_level)
+    samples = settings.samples
+    limits = Limits(samples.shard_rows, samples.shard_age_s, hold_bytes=settings.capture.credit_bytes // 2)
+    url = options.redis or os.environ.get("TIDED_REDIS_URL") or settings.redis_url
+    connect(url)  # a URL that cannot be right is said now
+    root = options.root or settings.samples_dir
+    store = SampleStore(root, samples.held_out_fraction, samples.max_bytes, samples.max_age_s)
+    store.lock_writer()
+    anyio.run(partial(serve, CollectorSettings(url, limits), store))
+
+
+def _log_json(level: str) -> None:
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""What is known about each engine: its heartbeat, and windows over its reports. Nothing here decides or writes.
+
+Counts of acceptance belong to one version and are forgotten when another serves. They fade with a half-life in request-steps, so
+that they follow the traffic at any speed; a new version starts with its gate's evaluation as prior, which fades likewise.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from tided.backends.base import Backend
+from tided.backends.transformers import backend_for
+from tided.config import TrainingConfig
+from tided.model.records import EngineInfo, Observation, RequestStats, StepCounts, TapTotals
+from tided.policies.speedup import Acceptance, expected_length
+from tided.policies.training import AcceptanceTrend, request_alpha
+from tided.store.engines import EngineStore
+
+HALF_LIFE_TRIALS = 400.0
+PRIOR_TRIALS = 64.0
+RATE_WINDOW_S = 10.0
+_READ_LIMIT = 500
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """One report's share of the rates: when it came, tokens emitted, request-steps that drafted, and their tokens."""
+
+    at_s: float
+    tokens: int
+    spec_steps: int
+    spec_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Finished requests that drafted, in request-steps and accepted tokens at the engine's gamma_max."""
+
+    requests: int = 0
+    steps: int = 0
+    accepted: float = 0.0
+
+
+@dataclass(slots=True)
+class Watch:
+    """What a version's requests accepted and the deployer has not been told of yet.
+
+    Each request counts at `gamma`, whatever the policy let it draft (Eq. 2 at its own alpha), so that it compares with the
+    incumbent's acceptance at `gamma`.
+    """
+
+    gamma: int
+    version: str = ""
+    served: Served = field(default_factory=Served)
+
+    def reset(self, version: str) -> None:
+        self.version, self.served = version, Served()
+
+    def add(self, stats: RequestStats) -> None:
+        alpha = request_alpha(stats)
+        if alpha is not None and stats.version == self.version:
+            accepted = stats.spec_steps * (expected_length(alpha, self.gamma) - 1.0)
+            before = self.served
+            self.served = Served(before.requests + 1, before.steps + stats.spec_steps, before.accepted + accepted)
+
+    def take(self, version: str) -> Served:
+        """What came since the last call for `version`; starts anew when another was watched."""
+        served = self.served if version == self.version else Served()
+        self.reset(version)
+        return served
+
+
+@dataclass(slots=True)
+class EngineView:
+    """One engine as seen now. Mutable, owned by the monitor; `live` and `prior` together are what the policy sees."""
+
+    info: EngineInfo
+    backend: Backend
+    trend: AcceptanceTrend
+    watch: Watch
+    first_seen_s: float
+    cursor: str = ""
+    version: str = ""
+    prior: Acceptance = field(default_factory=Acceptance)
+    live: Acceptance = field(default_factory=Acceptance)
+    running: int = 0
+    waiting: int = 0
+    tap: TapTotals = field(default_factory=TapTotals)
+    steps: int = 0  # engine steps not yet told to the policy
+    trials: int = 0  # request-steps that drafted, not yet told to the policy
+    batch_s: dict[int, float] = field(default_factory=dict)  # seconds spent at each batch size, fading
+    expected: bool = False  # the prior of this version was looked up
+    last_report_s: float | None = None
+    slices: deque[_Slice] = field(default_factory=deque)
+
+    @property
+    def engine(self) -> str:
+        return self.info.engine
+
+    @property
+    def acceptance(self) -> Acceptance:
+        """Recent counts of the served version, its prior included."""
+        return self.live.plus(self.prior)
+
+    def expect(self, conditional: tuple[float, ...]) -> None:
+        """What an evaluation of the served version says about its acceptance."""
+        self.prior = Acceptance.prior(conditional, PRIOR_TRIALS)
+        self.expected = True
+
+    def take(self, observation: Observation, now_s: float) -> None:
+        """Count one report in."""
+        self.running, self.waiting, self.tap = observation.running, observation.waiting, observation.tap
+        self.last_report_s = now_s
+        self._rate(observation.steps, now_s)
+        self.steps += sum(counts.steps for counts in observation.steps)
+        if observation.version != self.version:
+            # The report in which the version changed mixes both: its acceptance is nobody's.
+            self.restart(observation.version)
+            return
+        new = Acceptance.of(observation.steps)
+        keep = 0.5 ** (new.steps / HALF_LIFE_TRIALS)
+        self.live = self.live.plus(Acceptance(), keep).plus(new)
+        self.prior = self.prior.plus(Acceptance(), keep)
+        self.trials += round(new.steps)
+        for stats in observation.requests:
+            self.trend = self.trend.add(stats)
+            self.watch.add(stats)
+
+    def restart(self, version: str) -> None:
+        """Another version serves: forget the acceptance of the one before."""
+        self.version, self.prior, self.live = version, Acceptance(), Acceptance()
+        self.trend, self.expected = self.trend.restart(version), False
+
+    def told(self) -> tuple[int, int]:
+        """(steps, trials) since the last call: what the policy is told once."""
+        steps, trials = self.steps, self.trials
+        self.steps = self.trials = 0
+        return steps, trials
+
+    def tokens_per_s(self, now_s: float) -> float | None:
+        """Tokens emitted a second over the last RATE_WINDOW_S; None without a report in it."""
+        self._forget(now_s)
+        if not self.slices:
+            return None
+        return sum(part.tokens for part in self.slices) / min(RATE_WINDOW_S, max(1.0, now_s - self.first_seen_s))
+
+    def accept_length(self, now_s: float) -> float | None:
+        """Tokens a drafting request-step emitted over the last RATE_WINDOW_S, bonus token included; None if none drafted."""
+        self._forget(now_s)
+        steps = sum(part.spec_steps for part in self.slices)
+        return sum(part.spec_tokens for part in self.slices) / steps if steps else None
+
+    def _rate(self, steps: tuple[StepCounts, ...], now_s: float) -> None:
+        tokens = spec_steps = spec_tokens = 0
+        for counts in steps:
+            emitted = sum((k + 1) * n for k, n in enumerate(counts.accepted))
+            tokens += emitted
+            if counts.gamma:
+                spec_steps += sum(counts.accepted)
+                spec_tokens += emitted
+            self.batch_s[counts.batch] = self.batch_s.get(counts.batch, 0.0) + counts.seconds
+        if steps:
+            self.slices.append(_Slice(now_s, tokens, spec_steps, spec_tokens))
+
+    def _forget(self, now_s: float) -> None:
+        while self.slices and self.slices[0].at_s < now_s - RATE_WINDOW_S:
+            self.slices.popleft()
+
+
+class Monitor:
+    """Keeps one `EngineView` for each engine whose heartbeat is fresh."""
+
+    def __init__(self, store: EngineStore, training: Callable[[], TrainingConfig]) -> None:
+        self._store = store
+        self._training = training
+        self.views: dict[str, EngineView] = {}
+
+    async def poll(self, now_s: float) -> None:
+        """Read heartbeats and the reports since the last poll. Raises `Unavailable`; what was read until then is kept."""
+        infos = {info.engine: info for info in await self._store.list()}
+        for engine in self.views.keys() - infos.keys():
+            _log.info("engine-gone", engine=engine)
+            del self.views[engine]
+        for engine, info in infos.items():
+            view = self.views.get(engine)
+            if view is None or view.info.incarnation != info.incarnation:
+                _log.info("engine-seen", engine=engine, incarnation=info.incarnation, version=info.version[:12])
+                view = self.views[engine] = self._fresh(info, now_s)
+            view.info = info
+            observations, view.cursor = await view.backend.observe(view.cursor)
+            for observation in observations:
+                if observation.incarnation == info.incarnation:
+                    view.take(observation, now_s)
+            if view.version != info.version and not observations:
+                view.restart(info.version)
+
+    def _fresh(self, info: EngineInfo, now_s: float) -> EngineView:
+        settings = self._training()
+        trend = AcceptanceTrend.start(settings.short_window, settings.long_window, settings.epsilon)
+        view = EngineView(info, backend_for(info, self._store), trend, Watch(info.gamma_max), now_s)
+        view.restart(info.version)
+        return view

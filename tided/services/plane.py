@@ -1,0 +1,315 @@
+"""The control plane as one object: what the admin API serves (`tided.api.plane.Plane` is its shape). Changes are audited.
+
+Every change writes exactly one event of kind `audit` with `data` = {"actor", "action", "target", "result"}, also when it is refused.
+While this tided is in standby, reads work and changes raise `Unavailable`. All methods but `status` raise `Unavailable` while Redis
+cannot be reached, `NotFound` and `Refused` for a request that is wrong, `Conflict` when something else is under way.
+"""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio.to_thread
+import structlog
+
+import tided
+from tided.machine.collection import Phase, TrainingRequested
+from tided.model.codec import to_plain
+from tided.model.errors import NotFound, Refused, TideError, Unavailable
+from tided.model.ids import check_name
+from tided.model.records import (
+    Deployment,
+    DeploymentState,
+    Draft,
+    Event,
+    Job,
+    JobState,
+    PolicySetting,
+    SpeculationMode,
+    WorkerInfo,
+)
+from tided.model.status import EngineStatus, SpeculationStatus, Status, TrainingStatus
+from tided.services.controller import Controller
+from tided.services.deployer import TALLY, Tally, check_fit
+from tided.services.dispatcher import TrainingView
+from tided.services.monitor import EngineView
+from tided.services.speculator import in_force
+from tided.store.ledger import read_ledger
+
+T = TypeVar("T")
+
+_log = structlog.get_logger()
+
+
+class ControlPlane:
+    """See the module. `actor` names who asks, e.g. "uid:1000"; it ends in the audit log."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+        self._context = controller.context
+
+    # --- reads ---
+
+    async def status(self) -> Status:
+        """Answers in every condition: what is wrong is in `redis` and `problems`."""
+        context, controller = self._context, self._controller
+        problems = [problem for problem in controller.problems.values() if problem]
+        redis = controller.redis_problem or context.leadership.problem or "connected"
+        setting, engines, workers, jobs = PolicySetting(), (), (), ()
+        try:
+            setting = await context.state.policy()
+            engines, workers = await self.engines(), await self.workers()
+            jobs = tuple(await context.jobs.list(50, (JobState.QUEUED, JobState.RUNNING)))
+        except Unavailable as exc:
+            redis = str(exc)
+        if redis != "connected":
+            problems.insert(0, f"{redis}; engines go on serving with what they have")
+        if context.target_problem:
+            problems.append(context.target_problem)
+        if jobs and not workers:
+            problems.append("jobs are waiting and no worker is registered: start a tide-worker")
+        return Status(
+            name=context.config.daemon.name,
+            program=tided.__version__,
+            leader=context.leadership.epoch is not None,
+            epoch=context.leadership.epoch or 0,
+            uptime_s=context.clock() - context.started_s,
+            redis=redis,
+            policy=setting,
+            engines=engines,
+            workers=workers,
+            active_jobs=jobs,
+            drafts=len(await self.drafts()),
+            problems=tuple(dict.fromkeys(problems)),
+        )
+
+    async def engines(self) -> tuple[EngineStatus, ...]:
+        views = sorted(self._controller.monitor.views.values(), key=lambda view: view.engine)
+        return tuple([await self._engine_status(view) for view in views])
+
+    async def drafts(self) -> tuple[Draft, ...]:
+        return tuple(await anyio.to_thread.run_sync(self._context.drafts.list))
+
+    async def draft(self, ref: str) -> Draft:
+        return await anyio.to_thread.run_sync(self._context.drafts.get, ref)
+
+    async def jobs(self, limit: int) -> tuple[Job, ...]:
+        return tuple(await self._context.jobs.list(limit))
+
+    async def job(self, job_id: str) -> Job:
+        job = await self._context.jobs.get(check_name(job_id, "job"))
+        if job is None:
+            raise NotFound(f"no job {job_id}: see `tidectl jobs list`")
+        return job
+
+    async def workers(self) -> tuple[WorkerInfo, ...]:
+        return tuple(await self._context.workers.list())
+
+    async def policy(self) -> PolicySetting:
+        return await self._context.state.policy()
+
+    async def events(self, after: str, limit: int) -> tuple[Event, ...]:
+        store = self._context.events
+        return tuple(await (store.read(after, limit) if after else store.newest(limit)))
+
+    # --- changes ---
+
+    async def init_draft(self, target_dir: Path, name: str, actor: str) -> Draft:
+        async def do() -> Draft:
+            self._context.leadership.require()
+            return await self._controller.init(target_dir, check_name(name, "lineage"))
+
+        return await self._audited("init-draft", name, actor, do)
+
+    async def deploy(self, ref: str, engine: str | None, actor: str) -> tuple[Deployment, ...]:
+        async def do() -> tuple[Deployment, ...]:
+            self._context.leadership.require()
+            draft = await self.draft(ref)
+            views = [self._view(engine)] if engine else self._fitting(draft)
+            return tuple([await self._begin(view, draft, "operator") for view in views])
+
+        return await self._audited("deploy", f"{ref} onto {engine or 'all that fit'}", actor, do)
+
+    async def rollback(self, engine: str, actor: str) -> Deployment:
+        """Back to the version before, and the present one into quarantine. A deployment under way is taken back."""
+
+        async def do() -> Deployment:
+            self._context.leadership.require()
+            view = self._view(engine)
+            reason = f"rolled back by {actor}"
+            async with self._controller.lock(engine):
+                current = await self._controller.deployer.current(engine)
+                if current is not None and not current.state.final:
+                    return await self._controller.deployer.take_back(current, reason)
+            if current is None or current.state is not DeploymentState.LIVE or not current.previous:
+                raise Refused(f"engine {engine}: there is no earlier version to go back to; deploy one by name")
+            begun = await self._begin(view, await self.draft(current.previous), "rollback")
+            await anyio.to_thread.run_sync(self._context.drafts.quarantine, current.version, reason)
+            return begun
+
+        return await self._audited("rollback", engine, actor, do)
+
+    async def cancel(self, job_id: str, actor: str) -> Job:
+        async def do() -> Job:
+            return await self._context.jobs.cancel(job_id, self._context.leadership.require())
+
+        return await self._audited("cancel", job_id, actor, do)
+
+    async def set_policy(self, mode: SpeculationMode, gamma: int, actor: str) -> PolicySetting:
+        async def do() -> PolicySetting:
+            most = self._context.config.speculation.gamma_max
+            if mode is SpeculationMode.FIXED and not 0 <= gamma <= most:
+                raise Refused(f"gamma {gamma}: expected 0 to {most} (speculation.gamma_max)")
+            setting = PolicySetting(mode, gamma if mode is SpeculationMode.FIXED else 0)
+            await self._context.state.put_policy(setting, self._context.leadership.require())
+            return setting
+
+        shown = f"{mode.value}{f' gamma={gamma}' if mode is SpeculationMode.FIXED else ''}"
+        return await self._audited("set-policy", shown, actor, do)
+
+    async def train_now(self, engine: str | None, actor: str) -> Job:
+        async def do() -> Job:
+            self._context.leadership.require()
+            view = self._view(engine)
+            problem = self._controller.problems.get(view.engine, "")
+            if problem:
+                raise Refused(problem)
+            event = TrainingRequested(await self._context.now_ms())
+            async with self._controller.lock(view.engine):
+                return await self._controller.dispatcher.request(view, event)
+
+        return await self._audited("train", engine or "the only engine", actor, do)
+
+    async def purge(self, engine: str | None, actor: str) -> dict[str, Any]:
+        """What waits in the stream is not on disk yet: it arrives within seconds; stop capture first to be rid of that too."""
+
+        async def do() -> dict[str, Any]:
+            self._context.leadership.require()
+            if engine is not None:
+                check_name(engine, "engine")
+            gone = await anyio.to_thread.run_sync(self._context.samples.purge, engine)
+            return to_plain(gone)
+
+        return await self._audited("purge", engine or "all engines", actor, do)
+
+    # --- how ---
+
+    async def _audited(self, action: str, target: str, actor: str, do: Callable[[], Awaitable[T]]) -> T:
+        result = "failed"
+        try:
+            done = await do()
+            result = "done"
+            return done
+        except TideError as exc:
+            result = f"{type(exc).__name__}: {exc}"
+            raise
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._audit(action, target, actor, result)
+
+    async def _audit(self, action: str, target: str, actor: str, result: str) -> None:
+        data = {"actor": actor, "action": action, "target": target, "result": result}
+        _log.info("audit", **data)
+        try:
+            now_ms = await self._context.now_ms()
+            await self._context.events.append(Event("audit", now_ms, target, f"{actor}: {action}: {result}", data))
+        except Unavailable as exc:
+            _log.warning("audit-not-stored", why=str(exc))  # the log line above stays
+
+    def _view(self, engine: str | None) -> EngineView:
+        views = self._controller.monitor.views
+        if engine is None:
+            if len(views) != 1:
+                names = ", ".join(sorted(views)) or "none is connected"
+                raise Refused(f"name the engine: {names}")
+            return next(iter(views.values()))
+        if engine not in views:
+            raise NotFound(f"no engine {engine} is connected: see `tidectl engines`")
+        return views[engine]
+
+    def _fitting(self, draft: Draft) -> list[EngineView]:
+        fitting: list[EngineView] = []
+        refusal: Refused | None = None
+        for view in self._controller.monitor.views.values():
+            try:
+                check_fit(view.info, draft)
+                fitting.append(view)
+            except Refused as exc:
+                refusal = exc
+        if not fitting:
+            raise refusal or NotFound("no engine is connected: see `tidectl engines`")
+        return fitting
+
+    async def _begin(self, view: EngineView, draft: Draft, reason: str) -> Deployment:
+        problem = self._controller.mismatch(view)
+        if problem:
+            raise Refused(problem)
+        async with self._controller.lock(view.engine):
+            return await self._controller.deployer.begin(view, draft, reason)
+
+    async def _engine_status(self, view: EngineView) -> EngineStatus:
+        context, controller = self._context, self._controller
+        now_s = context.clock()
+        deployment = await controller.deployer.current(view.engine)
+        training = controller.training.get(view.engine) or await controller.dispatcher.view(view)
+        return EngineStatus(
+            info=view.info,
+            draft=await self._name_of(view.info.version),
+            running=view.running,
+            waiting=view.waiting,
+            tokens_per_s=view.tokens_per_s(now_s),
+            accept_length=view.accept_length(now_s),
+            speculation=self._speculation(view),
+            training=await self._training(view, training, deployment),
+            samples=await read_ledger(context.redis, view.engine),
+            deployment=deployment,
+            swaps=(await context.state.get(Tally, TALLY, view.engine) or Tally()).swaps,
+        )
+
+    async def _name_of(self, version: str) -> str:
+        if not version:
+            return ""
+        try:
+            draft = await self.draft(version)
+        except Refused:
+            return ""
+        return f"{draft.lineage}@{draft.number}"
+
+    def _speculation(self, view: EngineView) -> SpeculationStatus:
+        decision = self._controller.speculator.decisions.get(view.engine)
+        gammas = in_force(view.info)
+        if decision is None:
+            return SpeculationStatus(gammas, (1.0,) * len(gammas), view.acceptance.alpha, "not decided by this tided")
+        predicted = tuple(
+            choice.speedups[gamma] if gamma < len(choice.speedups) else 1.0
+            for choice, gamma in zip(decision.choices, gammas, strict=False)
+        )
+        return SpeculationStatus(gammas, predicted or (1.0,) * len(gammas), decision.alpha, decision.reason)
+
+    async def _training(
+        self, view: EngineView, training: TrainingView, deployment: Deployment | None
+    ) -> TrainingStatus:
+        settings, collection = self._context.config.training, training.collection
+        state, reason = (
+            {Phase.STOPPED: "waiting", Phase.COLLECTING: "collecting"}.get(collection.phase, ""),
+            training.reason,
+        )
+        if collection.phase is Phase.TRAINING:
+            under_way = deployment is not None and not deployment.state.final
+            state = "deploying" if under_way else "training"
+        if not settings.enabled:
+            state = "off"
+        problem = self._controller.problems.get(view.engine, "")
+        if problem:
+            state, reason = "off", problem
+        return TrainingStatus(
+            state=state,
+            reason=reason,
+            short=view.trend.short.value,
+            long=view.trend.long.value,
+            rows=training.stock.fresh_rows,
+            rows_needed=settings.min_rows,
+            drifts=collection.drifts,
+            trainings=collection.trainings,
+            job=collection.job,
+        )

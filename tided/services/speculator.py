@@ -1,0 +1,97 @@
+"""How many tokens each engine drafts: the operator's setting, or the speculation policy fed from the monitor."""
+
+import anyio.to_thread
+
+from tided.config import SpeculationConfig
+from tided.model.errors import Refused
+from tided.model.records import EngineInfo, PolicySetting, SpeculationMode
+from tided.policies.base import SpeculationDecision, SpeculationObservation
+from tided.policies.speedup import monotone
+from tided.policies.threshold import ThresholdPolicy, ThresholdState
+from tided.services.monitor import EngineView
+from tided.store.drafts import DraftStore
+
+
+class Speculator:
+    """Holds the policy's state for each engine incarnation; `decisions` are the newest, for the status."""
+
+    def __init__(self, drafts: DraftStore) -> None:
+        self._drafts = drafts
+        self._states: dict[str, tuple[str, ThresholdState]] = {}
+        self.decisions: dict[str, SpeculationDecision] = {}
+
+    async def decide(
+        self, view: EngineView, setting: PolicySetting, config: SpeculationConfig, now_s: float, *, watching: bool
+    ) -> SpeculationDecision:
+        """The schedule that the engine should have now, with the figures that led to it."""
+        await self._expect(view)
+        decision = self._decide(view, setting, config, now_s, watching=watching)
+        self.decisions[view.engine] = decision
+        return decision
+
+    def forget(self, engines: set[str]) -> None:
+        """Engines that are gone."""
+        for engine in engines:
+            self._states.pop(engine, None)
+            self.decisions.pop(engine, None)
+
+    def _decide(
+        self, view: EngineView, setting: PolicySetting, config: SpeculationConfig, now_s: float, *, watching: bool
+    ) -> SpeculationDecision:
+        info = view.info
+        gamma_max = min(config.gamma_max, info.gamma_max)
+        alpha = view.acceptance.alpha
+        if setting.mode is SpeculationMode.OFF:
+            return _constant(info, 0, alpha, "the operator set speculation off")
+        if setting.mode is SpeculationMode.FIXED:
+            gamma = min(setting.gamma, info.gamma_max) if info.version else 0
+            return _constant(info, gamma, alpha, f"the operator set {setting.gamma} drafted tokens")
+        if info.profile is None:
+            return _constant(info, 0, alpha, "the engine has no latency profile: no speedup can be predicted")
+        policy = ThresholdPolicy(
+            margin=config.margin,
+            hysteresis=config.hysteresis,
+            dwell_steps=config.dwell_steps,
+            probe_every_s=config.probe_every_s,
+            probe_steps=config.probe_steps,
+        )
+        incarnation, state = self._states.get(view.engine, ("", policy.start()))
+        if incarnation != info.incarnation:
+            state = policy.start()
+        steps, trials = view.told()
+        seen = SpeculationObservation(
+            now_s=now_s,
+            version=view.version,
+            profile=monotone(info.profile),
+            acceptance=view.acceptance,
+            trials=trials,
+            steps=steps,
+            running=view.running,
+            max_batch=info.max_batch,
+            gamma_max=gamma_max,
+            eager=watching,
+        )
+        state, decision = policy.decide(state, seen)
+        self._states[view.engine] = (info.incarnation, state)
+        return decision
+
+    async def _expect(self, view: EngineView) -> None:
+        """A version that was just deployed is judged by its gate's evaluation until it has been served for a while."""
+        if view.expected or not view.version:
+            return
+        try:
+            draft = await anyio.to_thread.run_sync(self._drafts.get, view.version)
+        except Refused:
+            view.expect(())
+            return
+        view.expect(draft.evaluation.conditional if draft.evaluation is not None else ())
+
+
+def in_force(info: EngineInfo) -> tuple[int, ...]:
+    """The engine's schedule with one entry for each batch size; its last entry holds beyond."""
+    gammas = info.gammas or (0,)
+    return tuple(gammas[min(batch, len(gammas)) - 1] for batch in range(1, info.max_batch + 1))
+
+
+def _constant(info: EngineInfo, gamma: int, alpha: float | None, reason: str) -> SpeculationDecision:
+    return SpeculationDecision((gamma,) * info.max_batch, (), alpha, False, reason)

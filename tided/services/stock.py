@@ -1,0 +1,121 @@
+"""What is in stock to train on and to judge by, and what stays as replay when a training has used its shards up."""
+
+import time
+from dataclasses import dataclass
+
+import anyio.to_thread
+
+from tided.model.records import EngineInfo
+from tided.services.context import Context
+from tided.store.samples import Shard, Split
+
+STATE = "replay"
+HELD_OUT_SHARE = 4
+"""Held-out shards are given to a job, newest first, until they hold so many times what the gate needs."""
+FRESH_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """Paths of shards. `fresh` was never trained on and is of the present regime; `judgeable`: held-out suffices for the gate."""
+
+    fresh: tuple[str, ...]
+    replay: tuple[str, ...]
+    held_out: tuple[str, ...]
+    fresh_rows: int
+    held_out_scored: int
+    held_out_runs: int
+    judgeable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """File names of shards that were trained on and are kept."""
+
+    names: tuple[str, ...] = ()
+
+
+class Stockroom:
+    """Counts shards, at most once a second for each engine."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._cached: dict[str, tuple[float, int, str, Stock]] = {}
+
+    async def stock(self, info: EngineInfo, since_ms: int) -> Stock:
+        """What there is of an engine and its target, since `since_ms`. Raises `Unavailable`."""
+        now_s = time.monotonic()
+        cached = self._cached.get(info.engine)
+        if cached is not None and now_s - cached[0] < FRESH_S and cached[1:3] == (since_ms, info.target.digest):
+            return cached[3]
+        replay = await self._context.state.get(Replay, STATE, info.engine) or Replay()
+        stock = await anyio.to_thread.run_sync(self._count, info, since_ms, frozenset(replay.names))
+        self._cached[info.engine] = (now_s, since_ms, info.target.digest, stock)
+        return stock
+
+    async def retire(self, engine: str, trained: tuple[str, ...]) -> None:
+        """Shards were trained on: keep a bounded part of them and of the replay before, consume the rest. Safe to repeat."""
+        context = self._context
+        before = await context.state.get(Replay, STATE, engine) or Replay()
+        names, gone = await anyio.to_thread.run_sync(self._split, engine, trained, before.names)
+        await context.state.put(STATE, engine, Replay(names), context.leadership.require())
+        await anyio.to_thread.run_sync(context.samples.consume, gone)
+        self._cached.pop(engine, None)
+
+    def _count(self, info: EngineInfo, since_ms: int, replay_names: frozenset[str]) -> Stock:
+        store, config = self._context.samples, self._context.config
+        train = store.shards(Split.TRAIN, info.target.digest, info.engine)
+        fresh = [shard for shard in train if shard.created_ms >= since_ms and shard.path.name not in replay_names]
+        fresh_rows = sum(shard.rows for shard in fresh)
+        names = {shard.path.name for shard in fresh}
+        fraction = config.training.replay_fraction
+        replay = _newest(
+            [shard for shard in train if shard.path.name not in names], fraction / (1.0 - fraction) * fresh_rows
+        )
+        newest = [s for s in store.shards(Split.HELD_OUT, info.target.digest, info.engine) if s.created_ms >= since_ms]
+        held_out: list[Shard] = []
+        scored = runs = 0
+        for shard in reversed(newest):
+            if scored >= HELD_OUT_SHARE * config.gate.min_tokens and runs >= HELD_OUT_SHARE * config.gate.min_requests:
+                break
+            held_out.append(shard)
+            scored, runs = scored + shard.scored, runs + shard.runs
+        return Stock(
+            fresh=_paths(fresh),
+            replay=_paths(replay),
+            held_out=_paths(held_out),
+            fresh_rows=fresh_rows,
+            held_out_scored=scored,
+            held_out_runs=runs,
+            judgeable=scored >= config.gate.min_tokens and runs >= config.gate.min_requests,
+        )
+
+    def _split(
+        self, engine: str, trained: tuple[str, ...], kept_before: tuple[str, ...]
+    ) -> tuple[tuple[str, ...], list[str]]:
+        """(names to keep, paths to consume): half of the budget for what was just trained on, half for what was kept before."""
+        settings = self._context.config.training
+        budget = settings.replay_fraction / (1.0 - settings.replay_fraction) * settings.min_rows
+        by_name = {s.path.name: s for s in self._context.samples.shards(Split.TRAIN, engine=engine)}
+        just = [by_name[name] for name in (path.rsplit("/", 1)[-1] for path in trained) if name in by_name]
+        older = [by_name[name] for name in kept_before if name in by_name and by_name[name] not in just]
+        # A small old part leaves its room to the new one, not the other way round: the new regime is what is served.
+        kept_old = _newest(older, budget / 2)
+        kept_new = _newest(just, budget - sum(shard.rows for shard in kept_old))
+        kept = {shard.path.name for shard in (*kept_old, *kept_new)}
+        return tuple(sorted(kept)), [str(s.path) for s in (*just, *older) if s.path.name not in kept]
+
+
+def _newest(shards: list[Shard], rows: float) -> list[Shard]:
+    """The newest shards that fit into `rows` together, newest first."""
+    chosen: list[Shard] = []
+    for shard in sorted(shards, key=lambda shard: shard.created_ms, reverse=True):
+        if shard.rows > rows:
+            break
+        rows -= shard.rows
+        chosen.append(shard)
+    return chosen
+
+
+def _paths(shards: list[Shard]) -> tuple[str, ...]:
+    return tuple(str(shard.path) for shard in shards)

@@ -1,0 +1,44 @@
+"""What the leader must remember about an engine across restarts, and the operator's policy setting. Every write is fenced."""
+
+from typing import TypeVar
+
+from redis.asyncio import Redis
+
+from tided.model.records import PolicySetting
+from tided.store import scripts
+from tided.store.client import translated
+from tided.store.replies import raw
+from tided.wire import keys
+from tided.wire.control import decode, encode
+
+T = TypeVar("T")
+
+
+class StateStore:
+    """All methods raise `Unavailable` while Redis cannot be reached; writes raise `Superseded` for an old epoch."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    async def put(self, name: str, engine: str, record: object, epoch: int) -> None:
+        """Store a frozen dataclass as the engine's `name`."""
+        await scripts.put(self._redis, keys.state(name, engine), encode(record), epoch)
+
+    async def get(self, cls: type[T], name: str, engine: str) -> T | None:
+        """The engine's `name`; None if there is none. Raises `Refused` for a record of another schema."""
+        return await self._read(cls, keys.state(name, engine))
+
+    async def delete(self, name: str, engine: str, epoch: int) -> None:
+        await scripts.delete(self._redis, keys.state(name, engine), epoch)
+
+    async def put_policy(self, setting: PolicySetting, epoch: int) -> None:
+        await scripts.put(self._redis, keys.policy(), encode(setting), epoch)
+
+    async def policy(self) -> PolicySetting:
+        """What the operator set; the default (auto) if nothing."""
+        return await self._read(PolicySetting, keys.policy()) or PolicySetting()
+
+    async def _read(self, cls: type[T], key: str) -> T | None:
+        with translated():
+            data = raw(await self._redis.get(key))
+        return decode(cls, data) if data is not None else None

@@ -1,0 +1,69 @@
+"""`python -m tided.training train|score|reference SPEC.json --out DIR`: one job in one process.
+
+stdout carries one JSON object a line: `Progress` records at least every 2 s, and at last {"result": JobResult}. What tided
+itself can say went wrong is one line {"error": ..., "retryable": ...} and exit status 3. SIGTERM ends the process at once; with
+`--with-parent` so does the end of stdin, which the worker holds open: a trainer must not outlive a worker that was killed.
+"""
+
+import argparse
+import os
+import sys
+import threading
+from pathlib import Path
+
+from tided.draft.target import read_json
+from tided.model.codec import from_plain
+from tided.model.errors import Refused, TideError, Unavailable
+from tided.model.records import JobKind, JobResult, JobSpec
+from tided.training.progress import Reporter, write_line, write_result
+from tided.training.reference import write_reference
+from tided.training.trainer import score, train
+
+EXIT_REFUSED = 3
+EXIT_ORPHANED = 4
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job that the command line names; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tided.training", description="Run one tided job.")
+    parser.add_argument("kind", choices=[kind.value for kind in JobKind])
+    parser.add_argument("spec", type=Path, help="JSON of a JobSpec")
+    parser.add_argument("--out", type=Path, required=True, help="directory for what the job makes")
+    parser.add_argument("--with-parent", action="store_true", help="exit when stdin ends")
+    given = parser.parse_args(arguments)
+    if given.with_parent:
+        threading.Thread(target=_exit_with_stdin, name="parent-watch", daemon=True).start()
+    try:
+        spec = from_plain(JobSpec, read_json(given.spec), "job")
+        if spec.kind.value != given.kind:
+            raise Refused(f"{given.spec}: a {spec.kind.value} job, not {given.kind}")
+        with Reporter() as reporter:
+            result = run(spec, given.out, reporter)
+    except TideError as exc:
+        write_line({"error": str(exc), "retryable": isinstance(exc, Unavailable)}, sys.stdout)
+        return EXIT_REFUSED
+    write_result(result)
+    return 0
+
+
+def run(spec: JobSpec, out_dir: Path, reporter: Reporter) -> JobResult:
+    """Do the job; what it makes lies below `out_dir`."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise Unavailable(f"{out_dir}: cannot be made ({exc.strerror})") from exc
+    if spec.kind is JobKind.TRAIN:
+        return train(spec, out_dir, reporter.update)
+    if spec.kind is JobKind.SCORE:
+        return score(spec, reporter.update)
+    return JobResult(staged=str(write_reference(Path(spec.target_dir), spec.token_ids, out_dir)))
+
+
+def _exit_with_stdin() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(EXIT_ORPHANED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""What a draft is trained towards. Soft: forward KL to the target's distribution over the draft vocabulary. Hard: cross entropy.
+
+The target's distribution comes from the captured last hidden state (after the final norm) through the target's own head rows;
+the target itself is never run. Labels outside the draft vocabulary weigh nothing: no drafted token can match them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, FunctionCtx
+
+from tided.draft import target
+from tided.draft.checkpoint import Checkpoint, target_ids
+from tided.draft.eagle3 import tensor_of
+from tided.training.data import Pack, Run
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """The target's matrices that training reads, BF16: embedding [vocab, H], its head's rows for the draft vocabulary."""
+
+    embedding: Tensor
+    head: Tensor  # [draft_vocab, H]
+    draft_ids: Tensor  # [vocab] int64: a target id's draft id, or -1
+
+    @classmethod
+    def read(cls, target_dir: Path, draft: Checkpoint, device: str) -> "Frozen":
+        """Read them from the target's safetensors files."""
+        embedding = tensor_of(target.read_tensor(target_dir, "model.embed_tokens.weight")).bfloat16().to(device)
+        return cls._of(embedding, target_dir, draft)
+
+    def for_draft(self, target_dir: Path, draft: Checkpoint) -> "Frozen":
+        """The same for a draft with another vocabulary; the embedding is shared."""
+        return self._of(self.embedding, target_dir, draft)
+
+    @classmethod
+    def _of(cls, embedding: Tensor, target_dir: Path, draft: Checkpoint) -> "Frozen":
+        ids = target_ids(draft.tensors["d2t"])
+        inverse = np.full(draft.config.vocab, -1, np.int64)
+        inverse[ids] = np.arange(len(ids))
+        return cls(
+            embedding=embedding,
+            head=tensor_of(target.read_tensor(target_dir, "lm_head.weight")[ids]).bfloat16().to(embedding.device),
+            draft_ids=torch.from_numpy(inverse).to(embedding.device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The draft tokens that a softmax runs over: `ids` [C] draft ids, `index` [draft_vocab] their places or -1.
+
+    `correction` [C] is added to logits: log(1 / probability of having been drawn), so that the drawn stand for all.
+    """
+
+    ids: Tensor
+    index: Tensor
+    correction: Tensor
+
+
+class CandidateSampler:
+    """Sampled softmax: every draft token that occurs in the samples, and a fresh draw of `negatives` others for each pack.
+
+    A workload uses about a tenth of its draft vocabulary; the head over all of it would be half of a training step.
+    """
+
+    def __init__(self, runs: Sequence[Run], frozen: Frozen, negatives: int) -> None:
+        occurs = torch.zeros(len(frozen.draft_ids), dtype=torch.bool)
+        for run in runs:
+            occurs[torch.from_numpy(run.ids)] = True
+        drafts = frozen.draft_ids.cpu()
+        occurs &= drafts >= 0
+        self._size = len(frozen.head)
+        self._device = frozen.head.device
+        self._seen = drafts[occurs]
+        unseen = torch.ones(self._size, dtype=torch.bool)
+        unseen[self._seen] = False
+        self._others = unseen.nonzero().squeeze(1)
+        self._negatives = min(negatives, len(self._others))
+
+    def draw(self) -> Candidates:
+        """The candidates of one pack, from torch's default generator."""
+        drawn = self._others[torch.randperm(len(self._others))[: self._negatives]]
+        ids = torch.cat([self._seen, drawn])
+        index = torch.full((self._size,), -1)
+        index[ids] = torch.arange(len(ids))
+        correction = torch.zeros(len(ids))
+        if self._negatives:
+            correction[len(self._seen) :] = math.log(len(self._others) / self._negatives)
+        return Candidates(ids.to(self._device), index.to(self._device), correction.to(self._device))
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """The targets of one pack's labels: `ids` [Q] candidates, -1 for a token that cannot be drafted; `soft` [Q, C] sums to 1."""
+
+    ids: Tensor
+    soft: Tensor | None
+
+
+@torch.no_grad()
+def labels_of(pack: Pack, frozen: Frozen, candidates: Candidates) -> Labels:
+    """Label q of `pack`: its candidate, and the target's distribution over the candidates when the last state was captured."""
+    ids = frozen.draft_ids[pack.label_ids]
+    ids = torch.where(ids >= 0, candidates.index[ids.clamp(min=0)], -1)
+    if pack.last is None:
+        return Labels(ids, None)
+    logits = (pack.last @ frozen.head[candidates.ids].T).float() + candidates.correction
+    return Labels(ids, torch.softmax(logits, -1).bfloat16())
+
+
+class _SoftCrossEntropy(Function):
+    """-sum_v p_v log softmax(logits)_v a row; its gradient (softmax - p) is formed at once and kept in BF16."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, soft: Tensor) -> Tensor:
+        wide = logits.float()
+        norm = wide.logsumexp(-1)
+        loss = norm - torch.linalg.vecdot(wide, soft.float())
+        grad = (wide - norm.unsqueeze(-1)).exp_().sub_(soft)
+        ctx.save_for_backward(grad.to(logits.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_outputs[0].unsqueeze(-1).to(grad.dtype), None
+
+
+def step_loss(logits: Tensor, labels: Labels, rows: Tensor, hard_weight: float) -> Tensor:
+    """Summed loss of one pass: logits [n, C] against labels `rows` [n]. Rows without a usable label add nothing."""
+    ids = labels.ids[rows]
+    usable = ids >= 0
+    loss = torch.zeros((), device=logits.device)
+    if labels.soft is not None:
+        per_row = _SoftCrossEntropy.apply(logits, labels.soft[rows])
+        loss = loss + (per_row * usable).sum()
+        if not hard_weight:
+            return loss
+    weight = hard_weight if labels.soft is not None else 1.0
+    hard = torch.nn.functional.cross_entropy(logits.float(), ids, ignore_index=-1, reduction="sum")
+    return loss + weight * hard

@@ -1,0 +1,73 @@
+"""The trainer's options, checked strictly, with the defaults that each recipe gives (docs/adr/0010-training-recipe.md)."""
+
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any
+
+from tided.model.codec import from_plain, to_plain
+from tided.model.errors import Refused
+from tided.model.records import Recipe
+
+
+class OptimizerName(StrEnum):
+    ADAMW = "adamw"
+    MUON = "muon"  # for the matrices; norms and head stay with AdamW
+
+
+class Precision(StrEnum):
+    BF16 = "bf16"  # matmuls only; master weights, norms, softmax and optimizer are float32
+    FP32 = "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """Everything about a training run that is not data. A token here is a position whose prediction is trained."""
+
+    optimizer: OptimizerName = OptimizerName.ADAMW
+    learning_rate: float = 1e-3  # AdamW's
+    matrix_learning_rate: float = 5e-3  # Muon's, scaled to match AdamW's root mean square
+    warmup_fraction: float = 0.05
+    final_fraction: float = 0.05  # of the learning rate, at the end of the cosine
+    passes: int = 8  # over the fresh samples, at most; the budget may end it earlier
+    batch_tokens: int = 128  # tokens a step
+    unroll_steps: int = 4
+    step_decay: float = 0.8
+    negatives: int = 512  # draft tokens that occur in no sample, drawn afresh for each step's softmax
+    hard_weight: float = 0.5  # of the cross entropy on ids, beside the soft loss
+    train_head: bool = True
+    clip: float = 0.5
+    replay_share: float = 0.25  # of the samples of a pass, when there is anything to replay
+    validation_share: float = 0.06  # of the fresh prompts, held back to select the checkpoint
+    validation_interval_s: float = 15.0
+    patience: int = 6  # validations without a gain before training stops
+    held_out_tokens: int = 12_000  # of the held-out shards, scored at most
+    adapt_vocabulary: bool = False  # re-select the draft vocabulary; only for engines that can swap it
+    precision: Precision = Precision.BF16
+    threads: int = 1
+    device: str = "cpu"
+    seed: int = 0
+
+
+RECIPES: dict[Recipe, TrainOptions] = {
+    Recipe.COLD: TrainOptions(),
+    Recipe.DRIFT: TrainOptions(),
+    Recipe.REFRESH: TrainOptions(learning_rate=1e-4, matrix_learning_rate=5e-4, passes=1, final_fraction=1.0),
+}
+
+
+def options_for(recipe: Recipe, given: dict[str, Any]) -> TrainOptions:
+    """The recipe's options with `given` in place of its values. Raises `Refused` for an unknown name or a value out of range."""
+    options = from_plain(TrainOptions, {**to_plain(RECIPES[recipe]), **given}, "options")
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, int | float) and value < 0:
+            raise Refused(f"options.{field.name}: must not be negative, got {value}")
+    for name in ("passes", "batch_tokens", "unroll_steps", "threads", "clip", "validation_interval_s", "patience"):
+        if not getattr(options, name):
+            raise Refused(f"options.{name}: must be above 0")
+    for name in ("warmup_fraction", "final_fraction", "step_decay", "replay_share", "validation_share"):
+        if getattr(options, name) > 1:
+            raise Refused(f"options.{name}: must be in 0..1, got {getattr(options, name)}")
+    if options.replay_share == 1 or options.validation_share == 1:
+        raise Refused("options: replay_share and validation_share must leave something to train on")
+    return options

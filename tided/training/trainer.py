@@ -1,0 +1,97 @@
+"""The jobs train and score: from a draft and shards to a checkpoint and its evaluation.
+
+The gate's held-out requests are only touched to score parent and child, by the same code on the same requests.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tided.draft import checkpoint
+from tided.draft.checkpoint import Checkpoint
+from tided.draft.eagle3 import Eagle3
+from tided.model.errors import Refused
+from tided.model.records import Evaluation, JobResult, JobSpec, Progress
+from tided.training.data import Run, read_runs, split_validation
+from tided.training.evaluate import evaluate
+from tided.training.loop import Loop, Report
+from tided.training.losses import Frozen
+from tided.training.options import Precision, TrainOptions, options_for
+from tided.training.vocabulary import adapt
+
+_STAGED = "draft"
+_RESERVE = 3.0  # the child's evaluation costs up to this multiple of a cold parent's: its chains are longer
+
+
+def train(spec: JobSpec, out_dir: Path, report: Report) -> JobResult:
+    """Run a train job: evaluate the parent, train, write the child to `out_dir`/draft, evaluate it.
+
+    Raises `Refused` for samples or checkpoints that do not fit, and when there is nothing to train on.
+    """
+    started = time.monotonic()
+    options = options_for(spec.recipe, spec.options)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    target_dir = Path(spec.target_dir)
+    parent = checkpoint.load(Path(spec.draft_dir))
+    shape = (parent.config.hidden, parent.config.vocab, spec.target)
+    fresh, validation = split_validation(read_runs(spec.shards, *shape), options.validation_share)
+    replay, _ = split_validation(read_runs(spec.replay, *shape), options.validation_share)
+    held_out = bounded(read_runs(spec.held_out, *shape), options.held_out_tokens)
+    if not any(len(run.queries(0)) for run in fresh):
+        raise Refused("the shards hold no generated token to train on")
+    report(Progress(0.0, "scoring the incumbent"))
+    frozen = Frozen.read(target_dir, parent, options.device)
+    incumbent = _score(parent, held_out, frozen, spec.gamma, options)
+    scored_s = time.monotonic() - started
+    if options.adapt_vocabulary:
+        parent = adapt(parent, [*fresh, *replay], target_dir)
+        frozen = frozen.for_draft(target_dir, parent)
+    draft = Eagle3.of(parent, device=options.device)
+    loop = Loop(draft, frozen, options, fresh, replay, validation, spec.gamma, report)
+    loop.run(max(1.0, spec.budget_s - scored_s - _RESERVE * scored_s))
+    report(Progress(0.98, "scoring the candidate", accept_length=loop.best))
+    staged = out_dir / _STAGED
+    version = checkpoint.write(staged, draft.config, draft.state_tensors())
+    candidate = _score(checkpoint.load(staged), held_out, frozen, spec.gamma, options)
+    return JobResult(
+        staged=str(staged),
+        version=version,
+        incumbent=incumbent,
+        candidate=candidate,
+        trained_tokens=loop.tokens,
+        seconds=time.monotonic() - started,
+        metrics=loop.metrics(),
+    )
+
+
+def score(spec: JobSpec, report: Report) -> JobResult:
+    """Run a score job: `candidate` is the evaluation of the job's draft on its held-out shards."""
+    started = time.monotonic()
+    options = options_for(spec.recipe, spec.options)
+    torch.set_num_threads(options.threads)
+    draft = checkpoint.load(Path(spec.draft_dir))
+    runs = read_runs(spec.held_out, draft.config.hidden, draft.config.vocab, spec.target)
+    held_out = bounded(runs, options.held_out_tokens)
+    report(Progress(0.0, "scoring"))
+    frozen = Frozen.read(Path(spec.target_dir), draft, options.device)
+    evaluation = _score(draft, held_out, frozen, spec.gamma, options)
+    return JobResult(version=draft.version, candidate=evaluation, seconds=time.monotonic() - started)
+
+
+def _score(source: Checkpoint, runs: Sequence[Run], frozen: Frozen, gamma: int, options: TrainOptions) -> Evaluation:
+    draft = Eagle3.of(source, device=options.device)
+    return evaluate(draft, runs, frozen, gamma, options.precision is Precision.BF16)
+
+
+def bounded(runs: Sequence[Run], tokens: int) -> list[Run]:
+    """Whole prompts up to `tokens` in all, the same ones for the same runs: in the order of their groups, which are hashes."""
+    chosen: list[Run] = []
+    for run in sorted(runs, key=lambda run: (run.group, run.first_position)):
+        if tokens <= 0:
+            break
+        chosen.append(run)
+        tokens -= len(run.queries(1))
+    return chosen

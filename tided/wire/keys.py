@@ -1,0 +1,152 @@
+"""Every Redis key of tided. No other module spells a key.
+
+Keys of an engine carry the hash tag `{engine}`, so that a sample's XADD and its byte credit stay in one slot of a Redis Cluster;
+keys of the control plane carry `{ctl}`. `PERMANENT` names the patterns that may live without a TTL; everything else must expire,
+which a fixture of the integration tests enforces.
+"""
+
+from tided.model.ids import check_name
+
+PREFIX = "tided:"
+
+PERMANENT = (
+    "tided:{*}:samples",  # bounded by byte credit
+    "tided:{*}:credit",
+    "tided:{*}:dead",  # bounded by MAXLEN
+    "tided:{*}:ledger",  # one hash of counters an engine
+    "tided:{ctl}:epoch",
+    "tided:{ctl}:events",  # bounded by MAXLEN
+    "tided:{ctl}:state:*",  # one record an engine
+    "tided:{ctl}:policy",
+)
+
+
+def _engine(engine: str, name: str) -> str:
+    return f"{PREFIX}{{{check_name(engine, 'engine')}}}:{name}"
+
+
+def _control(name: str) -> str:
+    return f"{PREFIX}{{ctl}}:{name}"
+
+
+# --- engine side ---
+
+
+def samples(engine: str) -> str:
+    """Stream of sample chunks: fields `h` (header) and `p` (payload)."""
+    return _engine(engine, "samples")
+
+
+def credit(engine: str) -> str:
+    """Bytes of samples in the stream that are not acknowledged yet (an integer)."""
+    return _engine(engine, "credit")
+
+
+def dead(engine: str) -> str:
+    """Stream of poison entries set aside, without their payload."""
+    return _engine(engine, "dead")
+
+
+def ledger(engine: str) -> str:
+    """Hash of the collector's counters for the engine's samples, in rows."""
+    return _engine(engine, "ledger")
+
+
+def seen(engine: str, incarnation: str) -> str:
+    """Hash of one producer incarnation's stored sequence numbers (a watermark and what is above it) and last totals. Has a TTL."""
+    return _engine(engine, f"seen:{check_name(incarnation, 'incarnation')}")
+
+
+def seen_pattern(engine: str) -> str:
+    """Matches `seen` of every incarnation of the engine."""
+    return _engine(engine, "seen:*")
+
+
+def info(engine: str) -> str:
+    """The engine's heartbeat record, under a TTL."""
+    return _engine(engine, "info")
+
+
+def commands(engine: str) -> str:
+    """Stream of commands to the engine; read from the newest at start; trimmed and under a TTL."""
+    return _engine(engine, "commands")
+
+
+def replies(engine: str) -> str:
+    """Stream of the engine's replies; trimmed and under a TTL."""
+    return _engine(engine, "replies")
+
+
+def observations(engine: str) -> str:
+    """Stream of the engine's reports; trimmed and under a TTL."""
+    return _engine(engine, "observations")
+
+
+ENGINE_INFO_PATTERN = f"{PREFIX}{{*}}:info"
+SAMPLES_PATTERN = f"{PREFIX}{{*}}:samples"
+SAMPLES_GROUP = "collector"
+
+# --- control plane ---
+
+
+def lease() -> str:
+    """The leader's lease: its name, under a TTL."""
+    return _control("lease")
+
+
+def epoch() -> str:
+    """The newest epoch given to any leader."""
+    return _control("epoch")
+
+
+def job(job_id: str) -> str:
+    return _control(f"job:{check_name(job_id, 'job')}")
+
+
+JOB_PREFIX = f"{PREFIX}{{ctl}}:job:"
+"""Before a job id, it is `job(id)`: for scripts that find the id in a queue."""
+
+
+def jobs() -> str:
+    """Sorted set of all job ids by creation time; trimmed with the jobs' TTL."""
+    return _control("jobs")
+
+
+def queue(kind: str) -> str:
+    """Sorted set of queued job ids of a kind by the time before which they must not start."""
+    return _control(f"queue:{check_name(kind, 'job kind')}")
+
+
+QUEUE_PREFIX = f"{PREFIX}{{ctl}}:queue:"
+"""Before a kind, it is `queue(kind)`: for scripts that find the kind in a job."""
+
+
+def running() -> str:
+    """Sorted set of running job ids by the time at which their lease ends."""
+    return _control("running")
+
+
+def worker(worker_name: str) -> str:
+    """A worker's heartbeat: a hash of its record and its incarnation, under a TTL."""
+    return _control(f"worker:{check_name(worker_name, 'worker')}")
+
+
+def drain(worker_name: str) -> str:
+    """Present while an operator wants the worker to claim nothing. Has a TTL."""
+    return _control(f"drain:{check_name(worker_name, 'worker')}")
+
+
+WORKER_PATTERN = f"{PREFIX}{{ctl}}:worker:*"
+
+
+def events() -> str:
+    return _control("events")
+
+
+def policy() -> str:
+    return _control("policy")
+
+
+def state(name: str, engine: str) -> str:
+    """A record of the leader about an engine (its collection, its deployment, its profile)."""
+    return _control(f"state:{check_name(name)}:{check_name(engine, 'engine')}")

@@ -1,0 +1,56 @@
+"""What a worker is told: by the configuration file, or by flags where a host has none."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tided.model.records import JobKind
+
+TRAINER = (sys.executable, "-m", "tided.training")
+
+# What a trainer inherits. Everything else, tokens and passwords above all, stays with the agent.
+_INHERITED = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TMPDIR",
+    "PYTHONPATH",
+    "PYTHONHASHSEED",
+    "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "CUBLAS_WORKSPACE_CONFIG",
+)
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """`cpus`: cores for the agent and its trainers (none: all). `nice`: of the trainers. `trainer`: the program, before the kind."""
+
+    redis_url: str
+    name: str
+    kinds: tuple[JobKind, ...]
+    work_dir: Path
+    threads: int = 1
+    device: str = "cpu"
+    cpus: tuple[int, ...] = ()
+    nice: int = 5
+    drain_s: float = 20.0
+    lease_s: float = 15.0
+    keep_s: float = 7 * 86_400.0
+    heartbeat_ttl_s: float = 10.0
+    silence_s: float = 120.0  # a trainer that says nothing for so long hangs
+    trainer: tuple[str, ...] = TRAINER
+
+
+def trainer_environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
+    """The trainer's whole environment."""
+    kept = {name: environ[name] for name in _INHERITED if name in environ}
+    counts = dict.fromkeys(_THREAD_VARIABLES, str(threads))
+    return kept | counts | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
