@@ -12,7 +12,8 @@ from tests.support import eventually
 from tests.tiny import make_draft, make_target
 from tided.backends.base import SwapDone, require
 from tided.backends.redis import RedisBackend
-from tided.backends.transformers import TransformersBackend, backend_for
+from tided.backends.registry import backend_for
+from tided.backends.transformers import TransformersBackend
 from tided.model.errors import Conflict, Refused, Superseded, Unavailable
 from tided.model.records import Capability
 from tided.store.client import connect

@@ -30,6 +30,7 @@ from tided.model.errors import InvariantBroken
 from tided.model.records import Recipe
 
 NOW = 1_000_000
+LOW = ("a",)
 RULES = CollectionRules(min_rows=100, max_rows=300, cool_down_ms=1_000)
 
 COLD = Collection(rows=10)
@@ -39,9 +40,9 @@ TRAINING = Collection(Phase.TRAINING, rows=50, trainings=1, job="job-1")
 LATER = Collection(rows=10, trainings=1, deployed=1)
 RETRAINING = Collection(Phase.TRAINING, rows=50, trainings=2, deployed=1, job="job-2")
 STOPPED = Collection(Phase.STOPPED, trainings=2, deployed=1)
-STOPPED_LOW = replace(STOPPED, low=True, drifts=1, drifts_seen=1, drifts_answered=1)
-DRIFTING = replace(LATER, low=True, drifts=1)
-DRIFT_TRAINING = replace(RETRAINING, low=True, drifts=1, drifts_seen=1)
+STOPPED_LOW = replace(STOPPED, low=LOW, drifts=1, drifts_seen=1, drifts_answered=1)
+DRIFTING = replace(LATER, low=LOW, drifts=1)
+DRIFT_TRAINING = replace(RETRAINING, low=LOW, drifts=1, drifts_seen=1)
 STATES = {
     "cold": COLD,
     "full-cooling": FULL_COOLING,
@@ -57,8 +58,8 @@ STATES = {
 EVENTS: dict[str, CollectionEvent] = {
     "rows": RowsStored(NOW, 100),
     "few-rows": RowsStored(NOW, 99),
-    "low": TrendJudged(NOW, True),
-    "normal": TrendJudged(NOW, False),
+    "low": TrendJudged(NOW, LOW),
+    "normal": TrendJudged(NOW, ()),
     "requested": TrainingRequested(NOW),
     "submitted": JobSubmitted(NOW, "job-9"),
     "deployed": TrainingEnded(NOW, Outcome.DEPLOYED),
@@ -109,32 +110,32 @@ def test_the_recipe_follows_from_what_came_before() -> None:
 
 
 def test_after_a_drift_only_newer_samples_count() -> None:
-    after, _ = step(replace(LATER, rows=90), TrendJudged(NOW, True), RULES)
+    after, _ = step(replace(LATER, rows=90), TrendJudged(NOW, LOW), RULES)
     assert (after.rows, after.since_ms, after.drifting, after.drifts) == (0, NOW, True, 1)
-    again, actions = step(after, TrendJudged(NOW + 5, True), RULES)
+    again, actions = step(after, TrendJudged(NOW + 5, LOW), RULES)
     assert (again, actions) == (after, ())
 
 
 def test_acceptance_that_hovers_about_the_threshold_does_not_put_the_training_off() -> None:
     state = LATER
     for n in range(10):
-        state, _ = step(state, TrendJudged(NOW + n, n % 2 == 0), RULES)
+        state, _ = step(state, TrendJudged(NOW + n, LOW if n % 2 == 0 else ()), RULES)
     assert (state.drifts, state.since_ms) == (1, NOW)
 
 
 def test_a_trend_that_stays_low_after_a_worse_draft_waits_for_the_next_drift() -> None:
     state, _ = step(DRIFT_TRAINING, TrainingEnded(NOW, Outcome.WORSE), RULES)
     assert state.phase is X
-    state, actions = step(state, TrendJudged(NOW + 1, True), RULES)
+    state, actions = step(state, TrendJudged(NOW + 1, LOW), RULES)
     assert (state.phase, actions) == (X, ())
-    state, _ = step(state, TrendJudged(NOW + 2, False), RULES)
-    state, actions = step(state, TrendJudged(NOW + 3, True), RULES)
-    assert (state.phase, actions) == (C, (AnnounceDrift(),))
+    state, _ = step(state, TrendJudged(NOW + 2, ()), RULES)
+    state, actions = step(state, TrendJudged(NOW + 3, LOW), RULES)
+    assert (state.phase, actions) == (C, (AnnounceDrift(LOW),))
 
 
 def test_a_drift_in_the_middle_of_a_training_is_still_to_be_answered_after_it() -> None:
-    state, actions = step(RETRAINING, TrendJudged(NOW, True), RULES)
-    assert (state.phase, actions) == (T, (AnnounceDrift(),))
+    state, actions = step(RETRAINING, TrendJudged(NOW, LOW), RULES)
+    assert (state.phase, actions) == (T, (AnnounceDrift(LOW),))
     for outcome in (Outcome.DEPLOYED, Outcome.WORSE):
         after, _ = step(state, TrainingEnded(NOW + 1, outcome), RULES)
         assert (after.phase, after.drifting) == (C, True)
@@ -198,9 +199,9 @@ class AnyHistory(RuleBasedStateMachine):
     def stored(self, rows: int) -> None:
         self.happen(RowsStored(self.now_ms, rows))
 
-    @rule(drifting=st.booleans())
-    def judged(self, drifting: bool) -> None:
-        self.happen(TrendJudged(self.now_ms, drifting))
+    @rule(low=st.sets(st.sampled_from(("a", "b"))))
+    def judged(self, low: set[str]) -> None:
+        self.happen(TrendJudged(self.now_ms, tuple(sorted(low))))
 
     @rule()
     def requested(self) -> None:
@@ -230,8 +231,8 @@ class AnyHistory(RuleBasedStateMachine):
     def teardown(self) -> None:
         """From wherever it is, a new drift and enough rows lead to a training."""
         self.ended(Outcome.UNDECIDED)
-        self.judged(False)
-        self.judged(True)
+        self.judged(set())
+        self.judged({"a"})
         self.time_passes(5_000)
         self.stored(100)
         assert self.state.phase is T

@@ -13,7 +13,7 @@ from tests.engine_double import EngineDouble, describe_double, running_double
 from tests.support import eventually
 from tests.tiny import make_draft, make_target
 from tided.draft import checkpoint
-from tided.machine.collection import Phase
+from tided.machine.collection import Collection, Phase
 from tided.model.errors import Refused, Superseded, Unavailable
 from tided.model.records import (
     DeploymentState,
@@ -87,7 +87,10 @@ class Scene:
         return status.training.rows == count
 
     async def phase(self) -> Phase:
-        return (await self.control.controller.dispatcher.current(ENGINE)).phase
+        return (await self.collection()).phase
+
+    async def collection(self) -> Collection:
+        return await self.control.controller.dispatcher.current(self.engine.info.target.digest)
 
 
 def evaluation(version: str, length: float, requests: int) -> Evaluation:
@@ -156,7 +159,7 @@ async def test_the_loop_from_samples_to_the_served_draft(scene: Scene) -> None:
         return found is not None and found.state is DeploymentState.LIVE and await scene.phase() is Phase.COLLECTING
 
     await eventually(live)
-    collection = await scene.control.controller.dispatcher.current(ENGINE)
+    collection = await scene.collection()
     assert (collection.deployed, collection.trainings, collection.job) == (1, 1, "")
     draft = await scene.control.plane.draft(version)
     assert (draft.number, draft.parent, draft.job) == (1, spec.draft, claim.job.id)
@@ -250,8 +253,9 @@ async def test_a_repeated_submission_is_one_job(scene: Scene) -> None:
         return await scene.phase() is Phase.TRAINING
 
     await eventually(training)
-    before = await scene.control.controller.dispatcher.current(ENGINE)
-    scene.control.controller.dispatcher = Dispatcher(scene.control.context, scene.control.controller.deployer)
+    before = await scene.collection()
+    controller = scene.control.controller
+    controller.dispatcher = Dispatcher(scene.control.context, controller.deployer, controller.heads)
     for _ in range(3):
         await scene.control.cycle()
     assert [job.id for job in await scene.control.plane.jobs(10)] == [before.job]
@@ -282,7 +286,7 @@ async def test_an_engine_with_another_target_is_left_alone(
         assert await control.cycle() == []
         assert engine.commands == []
         status = await control.plane.status()
-        assert "make them the same" in " ".join(status.problems)
+        assert "is none of the configured" in " ".join(status.problems)
         assert status.engines[0].training.state == "off"
 
 
@@ -350,7 +354,7 @@ async def test_drift_starts_a_drift_training_on_new_samples_only(scene: Scene) -
         return bool(await scene.control.events("drift-detected"))
 
     await eventually(noticed)
-    since_ms = (await scene.control.controller.dispatcher.current(ENGINE)).since_ms
+    since_ms = (await scene.collection()).since_ms
     later = since_ms + 1000
     scene.samples(created_ms=later)
     claim = await scene.claimed()

@@ -7,13 +7,23 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
+from tided.model import plugins
 from tided.model.errors import ConfigError, Refused
-from tided.model.ids import check_name
+from tided.model.ids import check_name, name_from
 
 Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -67,13 +77,25 @@ class DaemonConfig(_Section):
 
 
 class TargetConfig(_Section):
+    """A model that engines serve. All engines that serve it share its samples, its trainings and its drafts.
+
+    `name` is that of its drafts' lineage, None: its directory's. `training`: what differs from [training] for this target.
+    """
+
     path: Path = Path("build/models/smollm2")
+    name: Name | None = None
+    training: dict[str, Any] = {}
+
+    @property
+    def lineage(self) -> str:
+        return self.name or name_from(self.path.resolve().name, "draft")
 
 
 class EngineConfig(_Section):
-    """What the embedded engine, `tide-engine`, starts with."""
+    """What the embedded engine, `tide-engine`, starts with. `target`: the name of the one that it serves, None: the first."""
 
     id: Name = "local"
+    target: Name | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -104,9 +126,13 @@ class SamplesConfig(_Section):
 
 
 class SpeculationConfig(_Section):
-    """How many tokens are drafted. Speculation is chosen where predicted speedup > 1 + `margin`."""
+    """How many tokens are drafted. Speculation is chosen where predicted speedup > 1 + `margin`.
 
-    policy: Literal["threshold"] = "threshold"
+    `policy` is a name of the entry points `tided.policies`; `options` are for policies that take their own.
+    """
+
+    policy: str = "threshold"
+    options: dict[str, Any] = {}
     gamma_max: Annotated[int, Field(ge=0, le=8)] = 4
     margin: Annotated[float, Field(ge=0, le=1)] = 0.03
     hysteresis: Annotated[float, Field(ge=0, le=1)] = 0.03
@@ -166,10 +192,15 @@ class WorkerConfig(_Section):
     drain_s: Annotated[float, Field(ge=0)] = 20.0
 
 
+def _listed(value: Any) -> Any:
+    """[target] is one, [[target]] are several."""
+    return [value] if isinstance(value, dict | TargetConfig) else value
+
+
 class Config(_Section):
     redis: RedisConfig = RedisConfig()
     daemon: DaemonConfig = DaemonConfig()
-    target: TargetConfig = TargetConfig()
+    target: Annotated[tuple[TargetConfig, ...], BeforeValidator(_listed), Field(min_length=1)] = (TargetConfig(),)
     engine: EngineConfig = EngineConfig()
     capture: CaptureConfig = CaptureConfig()
     samples: SamplesConfig = SamplesConfig()
@@ -192,7 +223,30 @@ class Config(_Section):
             )
         if self.capture.credit_bytes * 2 > self.redis.maxmemory_bytes and not self.redis.url.get_secret_value():
             raise ValueError("redis.maxmemory_bytes must be at least twice capture.credit_bytes")
+        lineages = [target.lineage for target in self.target]
+        for name in lineages:
+            if lineages.count(name) > 1:
+                raise ValueError(f"target: two have the name {name!r}; give each a target.name of its own")
+        if self.engine.target is not None and self.engine.target not in lineages:
+            raise ValueError(f"engine.target {self.engine.target!r} is none of the targets: {', '.join(lineages)}")
+        for target in self.target:
+            self.training_of(target)
         return self
+
+    @property
+    def engine_target(self) -> TargetConfig:
+        """What the embedded engine serves."""
+        return next((target for target in self.target if target.lineage == self.engine.target), self.target[0])
+
+    def training_of(self, target: TargetConfig) -> TrainingConfig:
+        """[training] with what differs for a target."""
+        if not target.training:
+            return self.training
+        try:
+            return TrainingConfig.model_validate(self.training.model_dump() | target.training)
+        except ValidationError as exc:
+            problems = "; ".join(_problem(error, ("training",)) for error in exc.errors(include_url=False))
+            raise ValueError(f"target {target.lineage}: {problems}") from exc
 
     @property
     def redis_url(self) -> str:
@@ -227,18 +281,38 @@ def load(path: Path) -> Config:
     return parse(data, str(path))
 
 
+def check_plugins(config: Config, source: str) -> None:
+    """Raise `ConfigError` when `config` names a policy that is not installed here.
+
+    For tided and who checks a file for it: engines and workers read the same file on hosts without its plugins.
+    """
+    try:
+        plugins.find(plugins.POLICIES, config.speculation.policy)
+    except Refused as exc:
+        raise ConfigError(f"{source}: speculation.policy: {exc}") from exc
+
+
 def parse(data: dict[str, Any], source: str) -> Config:
     """Check a plain table; `source` names it in errors."""
     try:
         return Config.model_validate(data)
     except ValidationError as exc:
-        problems = [f"{source}: {_problem(error)}" for error in exc.errors(include_url=False)]
+        problems = [f"{source}: {_problem(_unlisted(error, data))}" for error in exc.errors(include_url=False)]
         raise ConfigError("\n".join(problems)) from exc
 
 
-def _problem(error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location) or "(whole file)"
+def _unlisted(error: Any, data: dict[str, Any]) -> Any:
+    """Without the number of a target where [target] is the only one."""
+    location = error["loc"]
+    if location[:1] == ("target",) and isinstance(data["target"], dict):
+        return {**error, "loc": tuple(part for part in location if not isinstance(part, int))}
+    return error
+
+
+def _problem(error: Any, above: tuple[str, ...] = ()) -> str:
+    location: list[str | int] = [*above, *error["loc"]]
+    key = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in location)
+    key = key.removeprefix(".") or "(whole file)"
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(location)}"
     if error["type"] == "value_error":
@@ -247,12 +321,15 @@ def _problem(error: Any) -> str:
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}{got}"
 
 
-def _nearest(location: list[str]) -> str:
+def _nearest(location: list[str | int]) -> str:
     model: type[BaseModel] = Config
     for part in location[:-1]:
+        if isinstance(part, int):
+            continue
         annotation = model.model_fields[part].annotation
+        annotation = next(iter(get_args(annotation)), annotation)  # of a tuple of sections, the section
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return ""
         model = annotation
-    close = difflib.get_close_matches(location[-1], model.model_fields, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(model.model_fields)}"

@@ -21,7 +21,7 @@ import structlog
 import tided
 from tided import logs
 from tided.api.server import serve
-from tided.config import Config, load
+from tided.config import Config, check_plugins, load
 from tided.model.errors import ConfigError, InvariantBroken, TideError
 from tided.services.context import Context
 from tided.services.controller import Controller
@@ -101,7 +101,9 @@ class Daemon:
     def _read_again(self) -> Config:
         if self._config_file is None:
             raise ConfigError("tided was started without a configuration file: there is nothing to reload")
-        return load(self._config_file)
+        config = load(self._config_file)
+        check_plugins(config, str(self._config_file))
+        return config
 
     def _take(self, config: Config) -> None:
         old = self._context.config
@@ -159,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     try:
         config = load(options.config) if options.config else Config()
+        check_plugins(config, str(options.config or "defaults"))
         if options.check:
             sys.stdout.write(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
             return

@@ -9,9 +9,11 @@ checkpoint, a capability it lacks); never ask again as it is. `Superseded`: the 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from tided.model.errors import Refused
 from tided.model.records import Capability, EngineInfo, LatencyProfile, Observation
+from tided.store.engines import EngineStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,11 @@ class Backend(ABC):
 
     def __init__(self, engine: str) -> None:
         self.engine = engine
+
+    @classmethod
+    def of(cls, info: EngineInfo, store: EngineStore) -> Self:
+        """The adapter for the engine of a heartbeat. `store` holds its reports, commands and replies; override to keep what you need."""
+        return cls(info.engine)
 
     @abstractmethod
     async def observe(self, cursor: str) -> tuple[list[Observation], str]:

@@ -1,12 +1,12 @@
 """Any stack that speaks the Redis protocol of docs/protocol.md: commands and replies through `EngineStore`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tided.backends.base import Backend, SwapDone
 from tided.model.codec import from_plain
 from tided.model.errors import Conflict, Refused, Superseded
-from tided.model.records import LatencyProfile, Observation
+from tided.model.records import EngineInfo, LatencyProfile, Observation
 from tided.store.engines import EngineStore
 from tided.wire.control import Body, MeasureProfile, Reply, SetCapture, SetSchedule, Swap
 
@@ -20,6 +20,10 @@ class RedisBackend(Backend):
     def __init__(self, engine: str, store: EngineStore) -> None:
         super().__init__(engine)
         self._store = store
+
+    @classmethod
+    def of(cls, info: EngineInfo, store: EngineStore) -> Self:
+        return cls(info.engine, store)
 
     async def observe(self, cursor: str) -> tuple[list[Observation], str]:
         return await self._store.observations(self.engine, cursor)

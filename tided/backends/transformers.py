@@ -3,13 +3,9 @@
 It measures its profile at start-up, on its own core, and again only when idle; at gamma = 0 it runs no draft forward at all.
 """
 
-from tided.backends.base import Backend
 from tided.backends.redis import RedisBackend
 from tided.model.errors import Refused
-from tided.model.records import EngineInfo, LatencyProfile
-from tided.store.engines import EngineStore
-
-KIND = "transformers"
+from tided.model.records import LatencyProfile
 
 
 class TransformersBackend(RedisBackend):
@@ -21,8 +17,3 @@ class TransformersBackend(RedisBackend):
         if not profile.tokens or not profile.batches or min(profile.target_s + profile.draft_s) <= 0:
             raise Refused(f"engine {self.engine}: its latency profile is empty or holds times that are not positive")
         return profile
-
-
-def backend_for(info: EngineInfo, store: EngineStore) -> Backend:
-    """The adapter for an engine by the kind in its heartbeat; any unknown kind is one that speaks the protocol."""
-    return TransformersBackend(info.engine, store) if info.kind == KIND else RedisBackend(info.engine, store)

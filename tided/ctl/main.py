@@ -214,9 +214,9 @@ def events(
 @config.command("check")
 def config_check(file: Path) -> None:
     """Check a configuration file as tided does at its start. Needs no running tided."""
-    from tided.config import load
+    from tided.config import check_plugins, load
 
-    load(file)
+    check_plugins(load(file), str(file))
     typer.echo(f"{file}: ok")
 
 

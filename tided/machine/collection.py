@@ -1,4 +1,4 @@
-"""When to collect samples and when to train: Algorithm 1 of TIDE (arXiv 2602.05145), for one engine.
+"""When to collect samples and when to train: Algorithm 1 of TIDE (arXiv 2602.05145), for the engines of one target.
 
 Collection starts on. At `min_rows` stored rows a training job begins, from the current draft. A better draft is deployed and
 everything starts over; a worse one ends collection until acceptance drifts. What the paper leaves open and we add: the cool-down
@@ -48,7 +48,7 @@ class Collection:
     phase: Phase = Phase.COLLECTING
     rows: int = 0  # stored and not yet consumed, since `since_ms`
     since_ms: int = 0  # samples from before are of another regime: replay at most
-    low: bool = False  # the trend was below its threshold when last judged
+    low: tuple[str, ...] = ()  # engines whose trend was below its threshold when last judged
     drifts: int = 0
     drifts_seen: int = 0  # of these, when the newest training began
     drifts_answered: int = 0  # of these, when the newest training that gave a verdict began
@@ -76,10 +76,10 @@ class RowsStored:
 
 @dataclass(frozen=True, slots=True)
 class TrendJudged:
-    """Whether short < long - epsilon now."""
+    """The engines for which short < long - epsilon now."""
 
     now_ms: int
-    drifting: bool
+    low: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class StartTraining:
 
 @dataclass(frozen=True, slots=True)
 class AnnounceDrift:
-    pass
+    engines: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ Step = tuple[Collection, tuple[CollectionAction, ...]]
 
 
 def capture_wanted(state: Collection, rules: CollectionRules = DEFAULT_RULES) -> bool:
-    """Whether the engine should tap: only while its samples may be trained on."""
+    """Whether the engines should tap: only while their samples may be trained on."""
     return state.phase is not Phase.STOPPED and state.rows < rules.max_rows
 
 
@@ -158,8 +158,8 @@ def step(state: Collection, event: CollectionEvent, rules: CollectionRules = DEF
             return _train_if_due(replace(state, rows=rows), now_ms, rules)
         case TimePassed(now_ms):
             return _train_if_due(state, now_ms, rules)
-        case TrendJudged(now_ms, drifting):
-            return _trend_judged(state, now_ms, drifting=drifting)
+        case TrendJudged(now_ms, low):
+            return _trend_judged(state, now_ms, low)
         case TrainingRequested():
             return _requested(state)
         case JobSubmitted(_, job):
@@ -201,16 +201,16 @@ def _requested(state: Collection) -> Step:
     return _train(state)
 
 
-def _trend_judged(state: Collection, now_ms: int, *, drifting: bool) -> Step:
-    """A drift is noted as acceptance falls below the threshold, and once only until a training has answered it: a trend that
+def _trend_judged(state: Collection, now_ms: int, low: tuple[str, ...]) -> Step:
+    """A drift is noted as one engine's acceptance falls below the threshold, and once only until a training has answered it: a trend that
     stays low, or hovers, must neither train for ever nor push the start of its samples ahead of itself."""
-    fell = drifting and not state.low
-    judged = replace(state, low=drifting)
+    fell = tuple(engine for engine in low if engine not in state.low)
+    judged = replace(state, low=low)
     in_training = state.phase is Phase.TRAINING
     if not fell or state.drifts > (state.drifts_seen if in_training else state.drifts_answered):
         return judged, ()
     phase = Phase.TRAINING if in_training else Phase.COLLECTING
-    return replace(judged, phase=phase, drifts=state.drifts + 1, since_ms=now_ms, rows=0), (AnnounceDrift(),)
+    return replace(judged, phase=phase, drifts=state.drifts + 1, since_ms=now_ms, rows=0), (AnnounceDrift(fell),)
 
 
 def _ended(state: Collection, event: TrainingEnded, rules: CollectionRules) -> Step:
@@ -219,7 +219,7 @@ def _ended(state: Collection, event: TrainingEnded, rules: CollectionRules) -> S
         return cooling, ()
     answered = replace(cooling, drifts_answered=state.drifts_seen)
     if event.outcome is Outcome.DEPLOYED:
-        return replace(answered, low=False, deployed=state.deployed + 1), (RestartTrend(),)
+        return replace(answered, low=(), deployed=state.deployed + 1), (RestartTrend(),)
     # A cold draft accepts next to nothing, so no drift could ever start collection again: go on trying.
     stop = answered.deployed > 0 and not answered.drifting
     return replace(answered, phase=Phase.STOPPED if stop else Phase.COLLECTING), ()

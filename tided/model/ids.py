@@ -55,3 +55,8 @@ def _base36(value: int, width: int) -> str:
         value, rest = divmod(value, 36)
         out = digits[rest] + out
     return out
+
+
+def name_from(text: str, otherwise: str) -> str:
+    """The name nearest to any text, such as a directory's: other characters become '-'. `otherwise` if nothing is left."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:64] or otherwise

@@ -216,7 +216,7 @@ class JobSpec:
     """
 
     kind: JobKind
-    engine: str  # the engine whose traffic this is about
+    engine: str  # the engines whose traffic this is about, by name, with commas between
     target: str  # target digest
     target_dir: str
     lineage: str = ""

@@ -7,7 +7,10 @@ nothing doubles the wait for the next, up to 4 times `probe_every_s`: what keeps
 """
 
 from dataclasses import dataclass, replace
+from typing import Self
 
+from tided.config import SpeculationConfig
+from tided.model.errors import Refused
 from tided.policies.base import BatchChoice, SpeculationDecision, SpeculationObservation
 from tided.policies.speedup import speedup_of_length
 
@@ -42,6 +45,19 @@ class ThresholdPolicy:
     dwell_steps: int = 32
     probe_every_s: float = 20.0
     probe_steps: int = 16
+
+    @classmethod
+    def of(cls, config: SpeculationConfig) -> Self:
+        """The entry point. Raises `Refused` for options, of which it has none."""
+        if config.options:
+            raise Refused(f"policy threshold takes no speculation.options, got {', '.join(config.options)}")
+        return cls(
+            margin=config.margin,
+            hysteresis=config.hysteresis,
+            dwell_steps=config.dwell_steps,
+            probe_every_s=config.probe_every_s,
+            probe_steps=config.probe_steps,
+        )
 
     def start(self) -> ThresholdState:
         return ThresholdState()

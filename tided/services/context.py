@@ -9,7 +9,7 @@ import anyio.to_thread
 import structlog
 from redis.asyncio import Redis
 
-from tided.config import Config
+from tided.config import Config, TargetConfig, TrainingConfig
 from tided.draft.target import describe
 from tided.model.errors import Refused, TideError
 from tided.model.records import Event, TargetInfo
@@ -26,9 +26,18 @@ from tided.store.workers import WorkerStore
 _log = structlog.get_logger()
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A configured target that could be read. `name` is that of its drafts' lineage."""
+
+    name: str
+    path: Path
+    info: TargetInfo
+
+
 @dataclass(slots=True)
 class Context:
-    """`config` is replaced whole on reload; `target` is None, with `target_problem` set, when it cannot be read."""
+    """`config` is replaced whole on reload. `targets` are by digest; `target_problems`, by name: why one cannot be read."""
 
     config: Config
     redis: Redis
@@ -40,8 +49,8 @@ class Context:
     state: StateStore
     samples: SampleStore
     drafts: DraftStore
-    target: TargetInfo | None = None
-    target_problem: str = ""
+    targets: dict[str, Target] = field(default_factory=dict[str, Target])
+    target_problems: dict[str, str] = field(default_factory=dict[str, str])
     clock: Callable[[], float] = time.monotonic
     started_s: float = field(default_factory=time.monotonic)
 
@@ -62,21 +71,47 @@ class Context:
             drafts=DraftStore(config.drafts_dir),
         )
 
-    async def read_target(self) -> None:
-        """Identify the configured target. What is wrong with it is kept, not raised: engines serve on without us."""
-        try:
-            self.target = await anyio.to_thread.run_sync(describe, self.config.target.path)
-            self.target_problem = ""
-        except TideError as exc:
-            if not self.target_problem:
-                _log.warning("target-unreadable", why=str(exc))
-            self.target_problem = f"target.path: {exc}"
+    async def read_targets(self) -> None:
+        """Identify the configured targets that are not known yet. What is wrong with one is kept, not raised: engines serve on."""
+        known = {target.name for target in self.targets.values()}
+        for configured in self.config.target:
+            if configured.lineage not in known:
+                await self._read_target(configured)
 
-    def known_target(self) -> TargetInfo:
-        """Raises `Refused` while the configured target cannot be read."""
-        if self.target is None:
-            raise Refused(self.target_problem or "target.path: not read yet")
-        return self.target
+    async def _read_target(self, configured: TargetConfig) -> None:
+        name = configured.lineage
+        try:
+            info = await anyio.to_thread.run_sync(describe, configured.path)
+            twin = self.targets.get(info.digest)
+            if twin is not None:
+                raise Refused(f"{configured.path} is the same model as target {twin.name}: leave one of them out")
+        except TideError as exc:
+            if name not in self.target_problems:
+                _log.warning("target-unreadable", target=name, why=str(exc))
+            self.target_problems[name] = f"target.path of {name}: {exc}"
+            return
+        self.targets[info.digest] = Target(name, configured.path, info)
+        self.target_problems.pop(name, None)
+
+    def target_of(self, info: TargetInfo) -> Target:
+        """The configured target that an engine says it serves.
+
+        Raises `Refused` when none is that: it may be one that cannot be read.
+        """
+        if info.digest in self.targets:
+            return self.targets[info.digest]
+        if self.target_problems:
+            raise Refused("; ".join(self.target_problems.values()))
+        known = ", ".join(f"{target.name} ({digest[:12]})" for digest, target in self.targets.items())
+        raise Refused(
+            f"target {info.name} ({info.digest[:12]}) is none of the configured: {known or 'none is read yet'}"
+        )
+
+    def training_for(self, target: str) -> TrainingConfig:
+        """[training] as it holds for a target, by digest."""
+        name = self.targets[target].name if target in self.targets else ""
+        configured = next((item for item in self.config.target if item.lineage == name), None)
+        return self.config.training_of(configured) if configured is not None else self.config.training
 
     def staged_dir(self, staged: str) -> Path:
         """Where a worker staged a draft. Raises `Refused` for nothing or a relative path."""

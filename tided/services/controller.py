@@ -1,12 +1,14 @@
 """The control cycle: every `daemon.cycle_s`, hold what each engine reports against what is wanted, and close the gap.
 
 Level-triggered and idempotent: on an engine that has converged a cycle does nothing. It acts only while this tided leads, and stops
-in mid-cycle when the lease is lost: every write and command asks for the epoch first. An engine in doubt (another target than the
-configured one, a draft that nobody knows) is left as it is: no swap, no training, no capture, speculation as it was.
+in mid-cycle when the lease is lost: every write and command asks for the epoch first. First each engine by itself: deployment,
+version, schedule. Then each target with its engines that are in order: training, and capture as that wants it. An engine in doubt (a
+target that is not configured, a draft that nobody knows) is left as it is: no swap, no training, no capture, speculation as it was.
 """
 
-import re
 import tempfile
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -28,13 +30,15 @@ from tided.model.records import (
 )
 from tided.policies.base import SpeculationDecision
 from tided.services.context import Context
-from tided.services.deployer import RESTART, Deployer, desired_version
+from tided.services.deployer import Deployer
 from tided.services.dispatcher import Dispatcher, TrainingView
 from tided.services.monitor import EngineView, Monitor
+from tided.services.pools import Heads, Member, Pool
 from tided.services.speculator import Speculator, in_force
 
 REAP_EVERY_S = 2.0
-RESTART_RETRY_MS = 60_000
+RETRY_MS = 60_000
+"""Between two tries to bring an engine onto the same version."""
 
 _log = structlog.get_logger()
 
@@ -44,23 +48,33 @@ class Controller:
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.monitor = Monitor(context.engines, lambda: context.config.training)
+        self.monitor = Monitor(context.engines, context.training_for)
         self.deployer = Deployer(context)
-        self.dispatcher = Dispatcher(context, self.deployer)
+        self.heads = Heads(context)
+        self.dispatcher = Dispatcher(context, self.deployer, self.heads)
         self.speculator = Speculator(context.drafts)
         self.problems: dict[str, str] = {}
         """By engine: why tided keeps its hands off, or what failed in its newest cycle."""
+        self.warnings: dict[str, str] = {}
+        """By engine: what is wrong and keeps nothing else from going on."""
+        self.pools: dict[str, Pool] = {}
+        """By target: its engines that were in order in the newest cycle."""
         self.training: dict[str, TrainingView] = {}
+        """By target."""
         self.cycles = 0
         self.redis_problem = ""
         self._schedules: dict[str, tuple[int, ...]] = {}
-        self._locks: dict[str, anyio.Lock] = {}
+        self._training_locks: dict[str, anyio.Lock] = {}
+        self._init_lock = anyio.Lock()
         self._reaped_s = float("-inf")
-        self._lineage = ""
 
     def lock(self, engine: str) -> anyio.Lock:
         """Held while an engine is reconciled, and by whoever else changes its stored state."""
-        return self._locks.setdefault(engine, anyio.Lock())
+        return self.deployer.lock(engine)
+
+    def training_lock(self, target: str) -> anyio.Lock:
+        """Held while a target's training is reconciled. Who needs an engine's lock as well takes that one second."""
+        return self._training_locks.setdefault(target, anyio.Lock())
 
     async def run(self) -> None:
         """Cycle until cancelled. Only `InvariantBroken`, or a bug, ends it."""
@@ -81,52 +95,66 @@ class Controller:
         now_s = context.clock()
         before = set(self.monitor.views)
         await self.monitor.poll(now_s)
-        self.speculator.forget(before - set(self.monitor.views))
-        for gone in before - set(self.monitor.views):
-            self.problems.pop(gone, None)
-            self.training.pop(gone, None)
-            self._schedules.pop(gone, None)
-        if context.target is None:
-            await context.read_target()
+        self._forget(before - set(self.monitor.views))
+        await context.read_targets()
         if context.leadership.epoch is None:
+            self.pools, self.training = {}, {}
             return []
         done: list[str] = []
+        problems: dict[str, str] = {}
         setting = await context.state.policy()
         now_ms = await context.now_ms()
+        sound: list[Member] = []
         async with anyio.create_task_group() as group:
             for view in list(self.monitor.views.values()):
-                group.start_soon(self._guarded, view, setting, now_s, now_ms, done)
+                look = partial(self._reconcile, view, setting, now_s, now_ms, sound, done)
+                group.start_soon(self._guarded, view.engine, problems, look)
+        self.pools = self._pooled(sound)
+        self.training = {target: view for target, view in self.training.items() if target in self.pools}
+        async with anyio.create_task_group() as group:
+            for pool in self.pools.values():
+                group.start_soon(self._train, pool, now_ms, problems, done)
+        self._note(problems)
         if now_s - self._reaped_s >= REAP_EVERY_S:
             self._reaped_s = now_s
             done += [f"reaped {job.id}" for job in await self._reap()]
         return done
 
-    async def _reap(self) -> list[Job]:
+    def mismatch(self, view: EngineView) -> str:
+        """Why nothing at all may be done to this engine, or ""."""
+        if view.fault:
+            return view.fault
         try:
-            return await self.dispatcher.reap()
-        except Superseded as exc:
-            await self.context.leadership.step_down(exc)
-            return []
+            self.context.target_of(view.info.target)
+        except Refused as exc:
+            return f"engine {view.engine}: {exc}; no capture, no swap: make the [target] of the configuration and what it serves agree"
+        return ""
 
-    async def _guarded(
-        self, view: EngineView, setting: PolicySetting, now_s: float, now_ms: int, done: list[str]
-    ) -> None:
-        """One engine's trouble is its own: it is noted and the others go on."""
-        problem = ""
+    # --- one engine ---
+
+    async def _guarded(self, engine: str, problems: dict[str, str], work: Callable[[], Awaitable[str]]) -> None:
+        """One engine's trouble is its own: it is noted and the others go on. `work` gives a problem, or ""."""
         try:
-            async with self.lock(view.engine):
-                problem = await self._reconcile(view, setting, now_s, now_ms, done)
+            async with self.lock(engine):
+                problem = await work()
         except Superseded as exc:
             await self.context.leadership.step_down(exc)
+            return
         except TideError as exc:
             problem = str(exc)
-        if problem and self.problems.get(view.engine) != problem:
-            _log.warning("engine-problem", engine=view.engine, why=problem)
-        self.problems[view.engine] = problem
+        if problem:
+            problems[engine] = problem
 
     async def _reconcile(
-        self, view: EngineView, setting: PolicySetting, now_s: float, now_ms: int, done: list[str]
+        self,
+        view: EngineView,
+        setting: PolicySetting,
+        now_s: float,
+        now_ms: int,
+        sound: list[Member],
+        done: list[str],
     ) -> str:
+        """Everything that concerns this engine alone; when it is in order it joins `sound`."""
         context = self.context
         problem = self.mismatch(view)
         if problem:
@@ -143,9 +171,7 @@ class Controller:
         if problem:
             await self._capture(view, False, done)
             return problem
-        training = self.training[view.engine] = await self.dispatcher.reconcile(view, deployment, now_ms)
-        await self._capture(view, training.capture, done)
-        failpoints.hit("controller.reconciled")
+        sound.append(Member(view, deployment))
         return ""
 
     async def _announce_schedule(self, view: EngineView, decision: SpeculationDecision) -> None:
@@ -158,39 +184,31 @@ class Controller:
             message = f"drafted tokens by batch size {list(decision.gammas)}: {decision.reason}"
             await self.context.announce("schedule-changed", view.engine, message, gammas=list(decision.gammas))
 
-    def mismatch(self, view: EngineView) -> str:
-        """Why nothing at all may be done to this engine, or ""."""
-        target = self.context.target
-        if target is None:
-            return self.context.target_problem
-        if view.info.target.digest != target.digest:
-            return (
-                f"engine {view.engine} serves target {view.info.target.name} ({view.info.target.digest[:12]}), target.path is"
-                f" {target.name} ({target.digest[:12]}): no capture, no swap; make them the same"
-            )
+    async def _capture(self, view: EngineView, wanted: bool, done: list[str]) -> str:
+        if Capability.TAP in view.info.capabilities and view.info.capturing != wanted:
+            context = self.context
+            await view.backend.set_capture(wanted, context.config.capture.credit_bytes, context.leadership.require())
+            done.append(f"{view.engine}: capture {'on' if wanted else 'off'}")
         return ""
-
-    async def _capture(self, view: EngineView, wanted: bool, done: list[str]) -> None:
-        if Capability.TAP not in view.info.capabilities or view.info.capturing == wanted:
-            return
-        context = self.context
-        await view.backend.set_capture(wanted, context.config.capture.credit_bytes, context.leadership.require())
-        done.append(f"{view.engine}: capture {'on' if wanted else 'off'}")
 
     async def _onto_its_version(
         self, view: EngineView, deployment: Deployment | None, now_ms: int, done: list[str]
     ) -> tuple[Deployment | None, str]:
-        """Bring an engine that was restarted back onto its version, and one that never had a draft onto version 0.
+        """Bring an engine onto its target's draft, or its own after a restart, and one that never had a draft onto version 0.
 
         Gives the deployment that is under way or the newest, and why training must wait, or "".
         """
+        self.warnings[view.engine] = ""
         if deployment is not None and not deployment.state.final:
             return deployment, ""
-        served, wanted = view.info.version, desired_version(deployment)
-        if wanted and wanted != served:
-            if deployment is not None and deployment.reason == RESTART and _is_recent(deployment, now_ms):
-                return deployment, f"engine {view.engine} could not be put back onto {wanted[:12]}: {deployment.error}"
-            draft, reason = await self._find(wanted), RESTART
+        served = view.info.version
+        wanted = await self.heads.wanted(view, deployment)
+        self.warnings[view.engine] = wanted.problem
+        if wanted.version and wanted.version != served:
+            if deployment is not None and deployment.version == wanted.version and _failed_lately(deployment, now_ms):
+                why = f"engine {view.engine} could not be put onto {wanted.version[:12]}: {deployment.error}"
+                return deployment, why
+            draft, reason = await self._find(wanted.version), wanted.reason
         elif await self._find(served) is not None:
             return deployment, ""
         else:
@@ -225,8 +243,8 @@ class Controller:
         """
         if not view.info.version and Capability.SWAP not in view.info.capabilities:
             return None
-        config, target = self.context.config, self.context.known_target()
-        draft = await self.init(config.target.path, lineage_of(target.name))
+        target = self.context.target_of(view.info.target)
+        draft = await self.init(target.path, target.name)
         return draft if view.info.version in ("", draft.version) else None
 
     async def init(self, target_dir: Path, lineage: str) -> Draft:
@@ -239,8 +257,9 @@ class Controller:
             for draft in context.drafts.list(lineage):
                 if draft.origin is DraftOrigin.INIT and draft.target == target.digest:
                     return draft
+            vocab = context.training_for(target.digest).draft_vocab
             with tempfile.TemporaryDirectory(prefix="tided-init-", dir=context.config.daemon.state_dir) as staged:
-                init_draft(target_dir, Path(staged), context.config.training.draft_vocab)
+                init_draft(target_dir, Path(staged), vocab)
                 return context.drafts.add(
                     Path(staged),
                     lineage=lineage,
@@ -250,14 +269,59 @@ class Controller:
                     now_ms=now_ms,
                 )
 
-        return await anyio.to_thread.run_sync(make)
+        async with self._init_lock:  # two engines that come together need it made once
+            return await anyio.to_thread.run_sync(make)
+
+    # --- one target ---
+
+    async def _train(self, pool: Pool, now_ms: int, problems: dict[str, str], done: list[str]) -> None:
+        """A target's trouble is that of its engines, and of no others."""
+        try:
+            async with self.training_lock(pool.digest):
+                training = self.training[pool.digest] = await self.dispatcher.reconcile(pool, now_ms)
+        except Superseded as exc:
+            await self.context.leadership.step_down(exc)
+            return
+        except TideError as exc:
+            problems.update({member.view.engine: str(exc) for member in pool.members})
+            return
+        async with anyio.create_task_group() as group:
+            for member in pool.members:
+                capture = partial(self._capture, member.view, training.capture, done)
+                group.start_soon(self._guarded, member.view.engine, problems, capture)
+        failpoints.hit("controller.reconciled")
+
+    def _pooled(self, sound: list[Member]) -> dict[str, Pool]:
+        pools: dict[str, Pool] = {}
+        for digest, target in self.context.targets.items():
+            members = [member for member in sound if member.view.info.target.digest == digest]
+            if members:
+                pools[digest] = Pool(target, tuple(sorted(members, key=lambda member: member.view.engine)))
+        return pools
+
+    # --- all ---
+
+    async def _reap(self) -> list[Job]:
+        try:
+            return await self.dispatcher.reap()
+        except Superseded as exc:
+            await self.context.leadership.step_down(exc)
+            return []
+
+    def _note(self, problems: dict[str, str]) -> None:
+        """Keep what is wrong with each engine, and log what is new."""
+        for engine in self.monitor.views:
+            problem = problems.get(engine, "")
+            if problem and self.problems.get(engine) != problem:
+                _log.warning("engine-problem", engine=engine, why=problem)
+            self.problems[engine] = problem
+
+    def _forget(self, gone: set[str]) -> None:
+        self.speculator.forget(gone)
+        for engine in gone:
+            for known in (self.problems, self.warnings, self._schedules):
+                known.pop(engine, None)
 
 
-def _is_recent(deployment: Deployment, now_ms: int) -> bool:
-    return now_ms - deployment.updated_ms < RESTART_RETRY_MS
-
-
-def lineage_of(target_name: str) -> str:
-    """A lineage's name for a target's: in the alphabet of names."""
-    name = re.sub(r"[^a-z0-9._-]+", "-", target_name.lower()).strip("-._")[:64]
-    return name or "draft"
+def _failed_lately(deployment: Deployment, now_ms: int) -> bool:
+    return deployment.state is not DeploymentState.LIVE and now_ms - deployment.updated_ms < RETRY_MS

@@ -8,6 +8,7 @@ the engine can take it. Everything is written back under the leader's epoch befo
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 import anyio.to_thread
 import structlog
 
@@ -38,6 +39,8 @@ STATE = "deployment"
 TALLY = "tally"
 RESTART = "restart"
 """Reason of a deployment that puts an engine, which came back without its draft, onto it again."""
+ROLLBACK = "rollback"
+"""Reason of one that goes back to an earlier version. It has no baseline: what it would be compared with is not wanted."""
 MIN_BASELINE_TRIALS = 50
 """Fewer of the incumbent's drafting request-steps than this say nothing: then the watch has no floor."""
 
@@ -58,6 +61,11 @@ class Deployer:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._locks: dict[str, anyio.Lock] = {}
+
+    def lock(self, engine: str) -> anyio.Lock:
+        """Held while an engine is reconciled, and by whoever else changes its deployment."""
+        return self._locks.setdefault(engine, anyio.Lock())
 
     async def current(self, engine: str) -> Deployment | None:
         """The newest deployment onto an engine, final or not."""
@@ -87,7 +95,7 @@ class Deployer:
             created_ms=now_ms,
             updated_ms=now_ms,
             reason=reason,
-            baseline_length=_baseline(view),
+            baseline_length=0.0 if reason == ROLLBACK else _baseline(view),
         )
         await context.state.put(STATE, view.engine, deployment, epoch)
         await context.announce(

@@ -1,4 +1,7 @@
-"""Training from samples to a judged draft: `tided.machine.collection` with its IO, and the taking back of expired jobs.
+"""Training from samples to a judged draft, for all engines of a target: `tided.machine.collection` with its IO.
+
+One decision and one job at a time for a target, from what all its engines stored. A draft that passes the gate goes onto one engine
+first, its canary; when it is live there it becomes the target's head, which the others follow (`tided.services.pools`).
 
 Level-triggered and safe to repeat at every point. A job's id is stored before the job is submitted, so that a leader which died in
 between submits the same job and not a second one; a finished job's draft has one version whoever adds it; the gate is a pure
@@ -44,7 +47,7 @@ from tided.model.records import (
 from tided.services import gate
 from tided.services.context import Context
 from tided.services.deployer import Deployer
-from tided.services.monitor import EngineView
+from tided.services.pools import Heads, Member, Pool
 from tided.services.stock import Stock, Stockroom
 
 STATE = "collection"
@@ -67,11 +70,12 @@ class TrainingView:
 
 
 class Dispatcher:
-    """Runs Algorithm 1 for each engine and turns its jobs into drafts."""
+    """Runs Algorithm 1 for each target and turns its jobs into drafts."""
 
-    def __init__(self, context: Context, deployer: Deployer) -> None:
+    def __init__(self, context: Context, deployer: Deployer, heads: Heads) -> None:
         self._context = context
         self._deployer = deployer
+        self._heads = heads
         self._stockroom = Stockroom(context)
 
     async def reap(self) -> list[Job]:
@@ -83,186 +87,185 @@ class Dispatcher:
             await context.announce(kind, job.id, job.error or f"attempt {job.attempt} was taken back")
         return reaped
 
-    async def current(self, engine: str) -> Collection:
-        return await self._context.state.get(Collection, STATE, engine) or Collection()
+    async def current(self, target: str) -> Collection:
+        """A target's training cycle, by its digest."""
+        return await self._context.state.get(Collection, STATE, target) or Collection()
 
-    async def view(self, engine: EngineView) -> TrainingView:
+    async def view(self, target: str) -> TrainingView:
         """For the status, in standby too."""
-        collection = await self.current(engine.engine)
-        return self._shown(collection, await self._stockroom.stock(engine.info, collection.since_ms))
+        collection = await self.current(target)
+        return self._shown(target, collection, await self._stockroom.stock(target, collection.since_ms))
 
-    async def reconcile(self, view: EngineView, deployment: Deployment | None, now_ms: int) -> TrainingView:
-        """Take the engine's training cycle one step further. Raises `Unavailable`, `Superseded`."""
-        collection = await self.current(view.engine)
-        if view.trend.version == view.info.version:
-            collection, _ = await self._apply(view, collection, TrendJudged(now_ms, view.trend.drifting))
-        stock = await self._stockroom.stock(view.info, collection.since_ms)
-        if self._context.config.training.enabled:
-            collection, _ = await self._apply(view, collection, RowsStored(now_ms, self._ripe_rows(stock)))
+    async def reconcile(self, pool: Pool, now_ms: int) -> TrainingView:
+        """Take the target's training cycle one step further. Raises `Unavailable`, `Superseded`."""
+        target = pool.digest
+        collection = await self.current(target)
+        incumbent = await self._heads.incumbent(pool)
+        collection, _ = await self._apply(pool, collection, TrendJudged(now_ms, _low(pool, collection, incumbent)))
+        stock = await self._stockroom.stock(target, collection.since_ms)
+        if self._context.training_for(target).enabled:
+            rows = self._ripe_rows(target, stock)
+            collection, _ = await self._apply(pool, collection, RowsStored(now_ms, rows))
         if collection.phase is Phase.TRAINING:
-            collection = await self._training(view, collection, deployment, stock, now_ms)
-        return self._shown(collection, stock)
+            collection = await self._training(pool, collection, stock, now_ms)
+        return self._shown(target, collection, stock)
 
-    async def request(self, view: EngineView, event: CollectionEvent) -> Job:
+    async def request(self, pool: Pool, event: CollectionEvent) -> Job:
         """An operator asks for a training. Raises `Conflict` when one is under way, `Refused` when there is nothing to train on."""
-        collection = await self.current(view.engine)
-        stock = await self._stockroom.stock(view.info, collection.since_ms)
-        counted, _ = await self._apply(view, collection, RowsStored(event.now_ms, stock.fresh_rows))
-        after, rejected = await self._apply(view, counted, event)
+        collection = await self.current(pool.digest)
+        stock = await self._stockroom.stock(pool.digest, collection.since_ms)
+        counted, _ = await self._apply(pool, collection, RowsStored(event.now_ms, stock.fresh_rows))
+        after, rejected = await self._apply(pool, counted, event)
         if rejected:
-            raise Conflict(rejected) if after.phase is Phase.TRAINING else Refused(f"engine {view.engine}: {rejected}")
-        return await self._submitted(view, after, stock)
+            raise Conflict(rejected) if after.phase is Phase.TRAINING else Refused(f"{pool.target.name}: {rejected}")
+        return await self._submitted(pool, after, stock)
 
-    async def _apply(self, view: EngineView, before: Collection, event: CollectionEvent) -> tuple[Collection, str]:
+    async def _apply(self, pool: Pool, before: Collection, event: CollectionEvent) -> tuple[Collection, str]:
         """One step of the machine and its actions, stored. Gives the state and why the event was rejected, if it was."""
-        context = self._context
-        after, actions = machine.step(before, event, self._rules())
+        context, name = self._context, pool.target.name
+        after, actions = machine.step(before, event, self._rules(pool.digest))
         rejected = ""
         for action in actions:
             match action:
                 case StartTraining(recipe):
                     # The id is stored with the phase: whoever goes on from here submits the same job.
                     after, _ = machine.step(after, JobSubmitted(event.now_ms, new_id("job")))
-                    await context.announce("training-started", view.engine, f"{recipe} training on {after.rows} rows")
-                case AnnounceDrift():
-                    trend = view.trend
-                    message = (
-                        f"acceptance fell: {trend.short.value or 0:.2f} short against {trend.long.value or 0:.2f} long"
-                    )
-                    await context.announce(
-                        "drift-detected", view.engine, message, short=trend.short.value, long=trend.long.value
-                    )
+                    await context.announce("training-started", name, f"{recipe} training on {after.rows} rows")
+                case AnnounceDrift(engines):
+                    for member in pool.members:
+                        if member.view.engine in engines:
+                            await self._announce_drift(member)
                 case RestartTrend():
                     pass  # the monitor starts anew with every version that serves
                 case Reject(why):
                     rejected = why
         if after != before:
-            await context.state.put(STATE, view.engine, after, context.leadership.require())
+            await context.state.put(STATE, pool.digest, after, context.leadership.require())
             failpoints.hit(f"collection.{after.phase}")
         return after, rejected
 
-    async def _training(
-        self, view: EngineView, collection: Collection, deployment: Deployment | None, stock: Stock, now_ms: int
-    ) -> Collection:
+    async def _announce_drift(self, member: Member) -> None:
+        trend = member.view.trend
+        short, long = trend.short.value, trend.long.value
+        message = f"acceptance fell: {short or 0:.2f} short against {long or 0:.2f} long"
+        await self._context.announce("drift-detected", member.view.engine, message, short=short, long=long)
+
+    async def _training(self, pool: Pool, collection: Collection, stock: Stock, now_ms: int) -> Collection:
         job = await self._context.jobs.get(collection.job)
         if job is None:
             try:
-                await self._submitted(view, collection, stock)
+                await self._submitted(pool, collection, stock)
             except Refused as exc:
-                return await self._ended(view, collection, None, Outcome.FAILED, str(exc), now_ms)
+                return await self._ended(pool, collection, None, Outcome.FAILED, str(exc), now_ms)
             return collection
         match job.state:
             case JobState.QUEUED | JobState.RUNNING:
                 return collection
             case JobState.FAILED | JobState.CANCELLED:
                 why = job.error or f"job {job.id} was {job.state}"
-                return await self._ended(view, collection, None, Outcome.FAILED, why, now_ms)
+                return await self._ended(pool, collection, None, Outcome.FAILED, why, now_ms)
             case JobState.SUCCEEDED:
-                return await self._succeeded(view, collection, job, deployment, now_ms)
+                return await self._succeeded(pool, collection, job, now_ms)
 
-    async def _submitted(self, view: EngineView, collection: Collection, stock: Stock) -> Job:
-        context, info = self._context, view.info
-        target = context.known_target()
-        served = await anyio.to_thread.run_sync(context.drafts.get, info.version)
-        settings = context.config.training
+    async def _submitted(self, pool: Pool, collection: Collection, stock: Stock) -> Job:
+        context, target = self._context, pool.target
+        incumbent = await anyio.to_thread.run_sync(context.drafts.get, await self._heads.incumbent(pool))
+        settings = context.training_for(pool.digest)
+        drafted = max(member.view.info.gamma_max for member in pool.members)
         spec = JobSpec(
             kind=JobKind.TRAIN,
-            engine=view.engine,
-            target=target.digest,
-            target_dir=str(context.config.target.path.absolute()),
-            lineage=served.lineage,
-            draft=served.version,
-            draft_dir=str(context.drafts.path(served.version)),
+            engine=",".join(member.view.engine for member in pool.members),
+            target=target.info.digest,
+            target_dir=str(target.path.absolute()),
+            lineage=incumbent.lineage,
+            draft=incumbent.version,
+            draft_dir=str(context.drafts.path(incumbent.version)),
             shards=stock.fresh,
             replay=stock.replay,
             held_out=stock.held_out,
             recipe=machine.recipe(collection),
-            gamma=max(1, min(context.config.speculation.gamma_max, info.gamma_max)),
+            gamma=max(1, min(context.config.speculation.gamma_max, drafted)),
             budget_s=settings.budget_s,
-            options={"adapt_vocabulary": Capability.SWAP_VOCABULARY in info.capabilities},
+            options={"adapt_vocabulary": pool.can(Capability.SWAP_VOCABULARY)},
         )
         failpoints.hit("dispatcher.submitting")
         job = await context.jobs.submit(spec, context.leadership.require(), settings.max_attempts, collection.job)
         failpoints.hit("dispatcher.submitted")
         return job
 
-    async def _succeeded(
-        self, view: EngineView, collection: Collection, job: Job, deployment: Deployment | None, now_ms: int
-    ) -> Collection:
-        """The job gave a draft: store it, judge it, and follow its deployment to the end."""
+    async def _succeeded(self, pool: Pool, collection: Collection, job: Job, now_ms: int) -> Collection:
+        """The job gave a draft: store it, judge it, and follow its canary's deployment to the end."""
         result = job.result
         if result is None or result.incumbent is None or result.candidate is None:
             why = f"job {job.id}: its result has no staged draft with two evaluations"
-            return await self._ended(view, collection, job, Outcome.FAILED, why, now_ms)
-        if deployment is not None and deployment.version == result.version and deployment.created_ms >= job.finished_ms:
-            return await self._deployed(view, collection, job, deployment, now_ms)
+            return await self._ended(pool, collection, job, Outcome.FAILED, why, now_ms)
+        canary = _canary(pool, job, result)
+        if canary is not None:
+            return await self._deployed(pool, collection, job, canary, now_ms)
         try:
-            draft = await self._stored(job, result, now_ms)
+            draft = await self._stored(pool, job, result, now_ms)
         except Refused as exc:
-            return await self._ended(view, collection, job, Outcome.FAILED, str(exc), now_ms)
+            return await self._ended(pool, collection, job, Outcome.FAILED, str(exc), now_ms)
         failpoints.hit("dispatcher.stored")
         decision = gate.judge(result.incumbent, result.candidate, self._context.config.gate)
         if decision.verdict is gate.Verdict.PASS:
-            return await self._deploying(view, collection, job, draft, decision, now_ms)
-        await self._announce_gate(view, draft, decision)
+            return await self._deploying(pool, collection, job, draft, decision, now_ms)
+        await self._announce_gate(pool, draft, decision)
         outcome = Outcome.WORSE if decision.verdict is gate.Verdict.FAIL else Outcome.UNDECIDED
-        return await self._ended(view, collection, job, outcome, decision.reason, now_ms)
+        return await self._ended(pool, collection, job, outcome, decision.reason, now_ms)
 
     async def _deploying(
-        self,
-        view: EngineView,
-        collection: Collection,
-        job: Job,
-        draft: Draft,
-        decision: gate.GateDecision,
-        now_ms: int,
+        self, pool: Pool, collection: Collection, job: Job, draft: Draft, decision: gate.GateDecision, now_ms: int
     ) -> Collection:
-        if view.info.version != job.spec.draft:
-            why = f"the engine serves {view.info.version[:12] or 'no draft'} now, the gate compared with {job.spec.draft[:12]}"
-            return await self._ended(view, collection, job, Outcome.UNDECIDED, why, now_ms)
-        try:
-            await self._deployer.begin(view, draft, "gate")
-        except Conflict:
-            return collection  # an operator's deployment is under way: it ends in a cycle to come
-        except Refused as exc:
-            return await self._ended(view, collection, job, Outcome.FAILED, str(exc), now_ms)
-        await self._announce_gate(view, draft, decision)
-        await self._suspect_fault(view, job)
-        return collection
+        """Onto the busiest engine that serves what the gate compared with: there the watch says most, and soonest."""
+        fit = [member for member in pool.members if member.view.info.version == job.spec.draft]
+        if not fit:
+            serves = pool.members[0].view.info.version[:12] or "no draft"
+            why = f"{serves} is served now, the gate compared with {job.spec.draft[:12]}"
+            return await self._ended(pool, collection, job, Outcome.UNDECIDED, why, now_ms)
+        now_s = self._context.clock()
+        waiting, refused = False, ""
+        for member in sorted(fit, key=lambda member: -(member.view.tokens_per_s(now_s) or 0.0)):
+            try:
+                async with self._deployer.lock(member.view.engine):
+                    await self._deployer.begin(member.view, draft, "gate")
+            except Conflict:
+                waiting = True  # an operator's deployment is under way: it ends in a cycle to come
+            except Refused as exc:
+                refused = str(exc)
+            else:
+                await self._announce_gate(pool, draft, decision)
+                await self._suspect_fault(member, job)
+                return collection
+        return collection if waiting else await self._ended(pool, collection, job, Outcome.FAILED, refused, now_ms)
 
     async def _deployed(
-        self, view: EngineView, collection: Collection, job: Job, deployment: Deployment, now_ms: int
+        self, pool: Pool, collection: Collection, job: Job, deployment: Deployment, now_ms: int
     ) -> Collection:
         if not deployment.state.final:
             return collection
         if deployment.state is DeploymentState.LIVE:
-            why = f"{deployment.version[:12]} is live"
-            return await self._ended(view, collection, job, Outcome.DEPLOYED, why, now_ms)
+            await self._heads.move(pool.digest, deployment.version, deployment.created_ms)
+            why = f"{deployment.version[:12]} is live on {deployment.engine}"
+            return await self._ended(pool, collection, job, Outcome.DEPLOYED, why, now_ms)
         blamed = (await anyio.to_thread.run_sync(self._context.drafts.get, deployment.version)).quarantined
         outcome = Outcome.ROLLED_BACK if blamed else Outcome.FAILED
-        return await self._ended(view, collection, job, outcome, deployment.error, now_ms)
+        return await self._ended(pool, collection, job, outcome, deployment.error, now_ms)
 
     async def _ended(
-        self,
-        view: EngineView,
-        collection: Collection,
-        job: Job | None,
-        outcome: Outcome,
-        why: str,
-        now_ms: int,
+        self, pool: Pool, collection: Collection, job: Job | None, outcome: Outcome, why: str, now_ms: int
     ) -> Collection:
         """A cycle is over. Its samples go when they taught us something: consumed, a bounded part kept as replay."""
         if job is not None and outcome in (Outcome.DEPLOYED, Outcome.WORSE, Outcome.ROLLED_BACK):
-            await self._stockroom.retire(view.engine, job.spec.shards)
+            await self._stockroom.retire(pool.digest, job.spec.shards)
         failpoints.hit("dispatcher.retired")
-        await self._context.announce("training-ended", view.engine, f"{outcome}: {why}", job=collection.job)
-        after, _ = await self._apply(view, collection, TrainingEnded(now_ms, outcome))
+        await self._context.announce("training-ended", pool.target.name, f"{outcome}: {why}", job=collection.job)
+        after, _ = await self._apply(pool, collection, TrainingEnded(now_ms, outcome))
         return after
 
-    async def _stored(self, job: Job, result: JobResult, now_ms: int) -> Draft:
+    async def _stored(self, pool: Pool, job: Job, result: JobResult, now_ms: int) -> Draft:
         """The job's draft in the store; the same record when it is there already."""
         context = self._context
-        target = context.known_target()
 
         def add() -> Draft:
             return context.drafts.add(
@@ -270,7 +273,7 @@ class Dispatcher:
                 lineage=job.spec.lineage,
                 parent=job.spec.draft,
                 origin=DraftOrigin.TRAINED,
-                target=target,
+                target=pool.target.info,
                 job=job.id,
                 evaluation=result.candidate,
                 now_ms=now_ms,
@@ -285,10 +288,10 @@ class Dispatcher:
         await context.announce("draft-added", draft.version, f"{draft.lineage}@{draft.number} from job {job.id}")
         return draft
 
-    async def _announce_gate(self, view: EngineView, draft: Draft, decision: gate.GateDecision) -> None:
+    async def _announce_gate(self, pool: Pool, draft: Draft, decision: gate.GateDecision) -> None:
         await self._context.announce(
             "gate-decided",
-            view.engine,
+            pool.target.name,
             f"{draft.lineage}@{draft.number}: {decision.verdict}: {decision.reason}",
             version=draft.version,
             verdict=decision.verdict.value,
@@ -300,9 +303,9 @@ class Dispatcher:
             tokens=decision.tokens,
         )
 
-    async def _suspect_fault(self, view: EngineView, job: Job) -> None:
+    async def _suspect_fault(self, member: Member, job: Job) -> None:
         """The incumbent scores well offline on the very traffic on which it serves badly: that is no drift, and training cannot mend it."""
-        result = job.result
+        result, view = job.result, member.view
         if result is None or result.incumbent is None or view.live.steps < FAULT_TRIALS:
             return
         served, scored = view.live.length(result.incumbent.gamma), result.incumbent.length
@@ -313,22 +316,22 @@ class Dispatcher:
             )
             await self._context.announce("engine-fault-suspected", view.engine, message, scored=scored, served=served)
 
-    def _rules(self) -> CollectionRules:
-        settings = self._context.config.training
+    def _rules(self, target: str) -> CollectionRules:
+        settings = self._context.training_for(target)
         return CollectionRules(
             min_rows=settings.min_rows,
             max_rows=AHEAD * settings.min_rows,
             cool_down_ms=round(settings.cool_down_s * 1000),
         )
 
-    def _ripe_rows(self, stock: Stock) -> int:
+    def _ripe_rows(self, target: str, stock: Stock) -> int:
         """Rows as the machine may count them: below its threshold until the gate could judge what comes out."""
-        least = self._context.config.training.min_rows
+        least = self._context.training_for(target).min_rows
         return stock.fresh_rows if stock.judgeable else min(stock.fresh_rows, least - 1)
 
-    def _shown(self, collection: Collection, stock: Stock) -> TrainingView:
-        settings = self._context.config.training
-        capture = settings.enabled and machine.capture_wanted(collection, self._rules())
+    def _shown(self, target: str, collection: Collection, stock: Stock) -> TrainingView:
+        settings = self._context.training_for(target)
+        capture = settings.enabled and machine.capture_wanted(collection, self._rules(target))
         if not settings.enabled:
             return TrainingView(collection, stock, capture, "training is disabled in the configuration")
         match collection.phase:
@@ -341,3 +344,30 @@ class Dispatcher:
                 if stock.fresh_rows >= settings.min_rows and not stock.judgeable:
                     reason += ", waiting for more held-out requests"
         return TrainingView(collection, stock, capture, reason)
+
+
+def _low(pool: Pool, collection: Collection, incumbent: str) -> tuple[str, ...]:
+    """Engines whose acceptance has drifted. Only one that serves the incumbent can be judged now; of others it stays as it was."""
+    judged = {
+        member.view.engine: member.view.trend.drifting
+        for member in pool.members
+        if member.view.trend.version == member.view.info.version == incumbent
+    }
+    unchanged = [engine for engine in collection.low if engine not in judged]
+    return tuple(sorted([*unchanged, *(engine for engine, drifting in judged.items() if drifting)]))
+
+
+def _canary(pool: Pool, job: Job, result: JobResult) -> Deployment | None:
+    """The deployment of the job's draft onto one engine; of several (a canary that died), the one that got furthest."""
+    found = [
+        member.deployment
+        for member in pool.members
+        if member.deployment is not None
+        and member.deployment.version == result.version
+        and member.deployment.created_ms >= job.finished_ms
+    ]
+    return min(found, key=_progress, default=None)
+
+
+def _progress(deployment: Deployment) -> tuple[bool, bool]:
+    return deployment.state is not DeploymentState.LIVE, deployment.state.final

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 import structlog
 
 from tided.backends.base import Backend
-from tided.backends.transformers import backend_for
+from tided.backends.guarded import AbsentBackend
+from tided.backends.registry import backend_for
 from tided.config import TrainingConfig
+from tided.model.errors import Refused
 from tided.model.records import EngineInfo, Observation, RequestStats, StepCounts, TapTotals
 from tided.policies.speedup import Acceptance, expected_length
 from tided.policies.training import AcceptanceTrend, request_alpha
@@ -95,6 +97,7 @@ class EngineView:
     batch_s: dict[int, float] = field(default_factory=dict)  # seconds spent at each batch size, fading
     expected: bool = False  # the prior of this version was looked up
     last_report_s: float | None = None
+    fault: str = ""  # of its adapter, which could not look at it in the newest poll
     slices: deque[_Slice] = field(default_factory=deque)
 
     @property
@@ -174,7 +177,7 @@ class EngineView:
 class Monitor:
     """Keeps one `EngineView` for each engine whose heartbeat is fresh."""
 
-    def __init__(self, store: EngineStore, training: Callable[[], TrainingConfig]) -> None:
+    def __init__(self, store: EngineStore, training: Callable[[str], TrainingConfig]) -> None:
         self._store = store
         self._training = training
         self.views: dict[str, EngineView] = {}
@@ -191,7 +194,12 @@ class Monitor:
                 _log.info("engine-seen", engine=engine, incarnation=info.incarnation, version=info.version[:12])
                 view = self.views[engine] = self._fresh(info, now_s)
             view.info = info
-            observations, view.cursor = await view.backend.observe(view.cursor)
+            try:
+                observations, view.cursor = await view.backend.observe(view.cursor)
+                view.fault = ""
+            except Refused as exc:
+                view.fault = str(exc)
+                continue
             for observation in observations:
                 if observation.incarnation == info.incarnation:
                     view.take(observation, now_s)
@@ -199,8 +207,12 @@ class Monitor:
                 view.restart(info.version)
 
     def _fresh(self, info: EngineInfo, now_s: float) -> EngineView:
-        settings = self._training()
+        settings = self._training(info.target.digest)
         trend = AcceptanceTrend.start(settings.short_window, settings.long_window, settings.epsilon)
-        view = EngineView(info, backend_for(info, self._store), trend, Watch(info.gamma_max), now_s)
+        try:
+            backend = backend_for(info, self._store)
+        except Refused as exc:
+            backend = AbsentBackend(info.engine, str(exc))
+        view = EngineView(info, backend, trend, Watch(info.gamma_max), now_s)
         view.restart(info.version)
         return view

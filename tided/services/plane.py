@@ -30,7 +30,7 @@ from tided.model.records import (
 )
 from tided.model.status import EngineStatus, SpeculationStatus, Status, TrainingStatus
 from tided.services.controller import Controller
-from tided.services.deployer import TALLY, Tally, check_fit
+from tided.services.deployer import ROLLBACK, TALLY, Tally, check_fit
 from tided.services.dispatcher import TrainingView
 from tided.services.monitor import EngineView
 from tided.services.speculator import in_force
@@ -53,7 +53,8 @@ class ControlPlane:
     async def status(self) -> Status:
         """Answers in every condition: what is wrong is in `redis` and `problems`."""
         context, controller = self._context, self._controller
-        problems = [problem for problem in controller.problems.values() if problem]
+        noted = (*controller.problems.values(), *controller.warnings.values(), *controller.speculator.problems.values())
+        problems = [problem for problem in noted if problem]
         redis = controller.redis_problem or context.leadership.problem or "connected"
         setting, engines, workers, jobs = PolicySetting(), (), (), ()
         try:
@@ -64,8 +65,7 @@ class ControlPlane:
             redis = str(exc)
         if redis != "connected":
             problems.insert(0, f"{redis}; engines go on serving with what they have")
-        if context.target_problem:
-            problems.append(context.target_problem)
+        problems += context.target_problems.values()
         if jobs and not workers:
             problems.append("jobs are waiting and no worker is registered: start a tide-worker")
         return Status(
@@ -126,12 +126,19 @@ class ControlPlane:
             self._context.leadership.require()
             draft = await self.draft(ref)
             views = [self._view(engine)] if engine else self._fitting(draft)
-            return tuple([await self._begin(view, draft, "operator") for view in views])
+            begun = tuple([await self._begin(view, draft, "operator") for view in views])
+            if engine is None:  # for those that come later, too
+                since_ms = min(deployment.created_ms for deployment in begun)
+                await self._controller.heads.move(draft.target, draft.version, since_ms)
+            return begun
 
         return await self._audited("deploy", f"{ref} onto {engine or 'all that fit'}", actor, do)
 
     async def rollback(self, engine: str, actor: str) -> Deployment:
-        """Back to the version before, and the present one into quarantine. A deployment under way is taken back."""
+        """Back to the version before, and the present one into quarantine: engines that share it go back as well.
+
+        A deployment under way is taken back.
+        """
 
         async def do() -> Deployment:
             self._context.leadership.require()
@@ -143,7 +150,7 @@ class ControlPlane:
                     return await self._controller.deployer.take_back(current, reason)
             if current is None or current.state is not DeploymentState.LIVE or not current.previous:
                 raise Refused(f"engine {engine}: there is no earlier version to go back to; deploy one by name")
-            begun = await self._begin(view, await self.draft(current.previous), "rollback")
+            begun = await self._begin(view, await self.draft(current.previous), ROLLBACK)
             await anyio.to_thread.run_sync(self._context.drafts.quarantine, current.version, reason)
             return begun
 
@@ -170,15 +177,19 @@ class ControlPlane:
     async def train_now(self, engine: str | None, actor: str) -> Job:
         async def do() -> Job:
             self._context.leadership.require()
-            view = self._view(engine)
+            view = self._view(engine, of_one_target=True)
             problem = self._controller.problems.get(view.engine, "")
             if problem:
                 raise Refused(problem)
+            target = view.info.target.digest
             event = TrainingRequested(await self._context.now_ms())
-            async with self._controller.lock(view.engine):
-                return await self._controller.dispatcher.request(view, event)
+            async with self._controller.training_lock(target):
+                pool = self._controller.pools.get(target)
+                if pool is None:
+                    raise Refused(f"no engine of target {view.info.target.name} is in order: see `tidectl status`")
+                return await self._controller.dispatcher.request(pool, event)
 
-        return await self._audited("train", engine or "the only engine", actor, do)
+        return await self._audited("train", engine or "the only target", actor, do)
 
     async def purge(self, engine: str | None, actor: str) -> dict[str, Any]:
         """What waits in the stream is not on disk yet: it arrives within seconds; stop capture first to be rid of that too."""
@@ -216,10 +227,12 @@ class ControlPlane:
         except Unavailable as exc:
             _log.warning("audit-not-stored", why=str(exc))  # the log line above stays
 
-    def _view(self, engine: str | None) -> EngineView:
+    def _view(self, engine: str | None, *, of_one_target: bool = False) -> EngineView:
+        """An engine by name; None: the only one, or with `of_one_target` any, when all serve the same."""
         views = self._controller.monitor.views
         if engine is None:
-            if len(views) != 1:
+            targets = {view.info.target.digest for view in views.values()}
+            if len(targets if of_one_target else views) != 1:
                 names = ", ".join(sorted(views)) or "none is connected"
                 raise Refused(f"name the engine: {names}")
             return next(iter(views.values()))
@@ -251,7 +264,8 @@ class ControlPlane:
         context, controller = self._context, self._controller
         now_s = context.clock()
         deployment = await controller.deployer.current(view.engine)
-        training = controller.training.get(view.engine) or await controller.dispatcher.view(view)
+        target = view.info.target.digest
+        training = controller.training.get(target) or await controller.dispatcher.view(target)
         return EngineStatus(
             info=view.info,
             draft=await self._name_of(view.info.version),
@@ -289,7 +303,7 @@ class ControlPlane:
     async def _training(
         self, view: EngineView, training: TrainingView, deployment: Deployment | None
     ) -> TrainingStatus:
-        settings, collection = self._context.config.training, training.collection
+        settings, collection = self._context.training_for(view.info.target.digest), training.collection
         state, reason = (
             {Phase.STOPPED: "waiting", Phase.COLLECTING: "collecting"}.get(collection.phase, ""),
             training.reason,

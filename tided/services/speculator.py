@@ -1,15 +1,20 @@
 """How many tokens each engine drafts: the operator's setting, or the speculation policy fed from the monitor."""
 
+from typing import Any
+
 import anyio.to_thread
+import structlog
 
 from tided.config import SpeculationConfig
 from tided.model.errors import Refused
 from tided.model.records import EngineInfo, PolicySetting, SpeculationMode
-from tided.policies.base import SpeculationDecision, SpeculationObservation
+from tided.policies.base import SpeculationDecision, SpeculationObservation, SpeculationPolicy
+from tided.policies.registry import policy_for
 from tided.policies.speedup import monotone
-from tided.policies.threshold import ThresholdPolicy, ThresholdState
 from tided.services.monitor import EngineView
 from tided.store.drafts import DraftStore
+
+_log = structlog.get_logger()
 
 
 class Speculator:
@@ -17,8 +22,11 @@ class Speculator:
 
     def __init__(self, drafts: DraftStore) -> None:
         self._drafts = drafts
-        self._states: dict[str, tuple[str, ThresholdState]] = {}
+        self._made: tuple[SpeculationConfig, SpeculationPolicy[Any] | Refused] | None = None
+        self._states: dict[str, tuple[str, Any]] = {}
         self.decisions: dict[str, SpeculationDecision] = {}
+        self.problems: dict[str, str] = {}
+        """By engine: why the policy cannot decide; it keeps the schedule that it has."""
 
     async def decide(
         self, view: EngineView, setting: PolicySetting, config: SpeculationConfig, now_s: float, *, watching: bool
@@ -34,11 +42,13 @@ class Speculator:
         for engine in engines:
             self._states.pop(engine, None)
             self.decisions.pop(engine, None)
+            self.problems.pop(engine, None)
 
     def _decide(
         self, view: EngineView, setting: PolicySetting, config: SpeculationConfig, now_s: float, *, watching: bool
     ) -> SpeculationDecision:
         info = view.info
+        before = self.problems.pop(view.engine, "")
         gamma_max = min(config.gamma_max, info.gamma_max)
         alpha = view.acceptance.alpha
         if setting.mode is SpeculationMode.OFF:
@@ -48,16 +58,6 @@ class Speculator:
             return _constant(info, gamma, alpha, f"the operator set {setting.gamma} drafted tokens")
         if info.profile is None:
             return _constant(info, 0, alpha, "the engine has no latency profile: no speedup can be predicted")
-        policy = ThresholdPolicy(
-            margin=config.margin,
-            hysteresis=config.hysteresis,
-            dwell_steps=config.dwell_steps,
-            probe_every_s=config.probe_every_s,
-            probe_steps=config.probe_steps,
-        )
-        incarnation, state = self._states.get(view.engine, ("", policy.start()))
-        if incarnation != info.incarnation:
-            state = policy.start()
         steps, trials = view.told()
         seen = SpeculationObservation(
             now_s=now_s,
@@ -71,9 +71,33 @@ class Speculator:
             gamma_max=gamma_max,
             eager=watching,
         )
-        state, decision = policy.decide(state, seen)
+        try:
+            policy = self._policy(config)
+            incarnation, state = self._states.get(view.engine, ("", None))
+            if incarnation != info.incarnation:
+                state = policy.start()
+            state, decision = policy.decide(state, seen)
+        except Refused as exc:
+            if str(exc) != before:
+                _log.error("policy-failed", engine=view.engine, why=str(exc))
+            self.problems[view.engine] = str(exc)
+            return SpeculationDecision(in_force(info), (), alpha, False, f"schedule kept: {exc}")
         self._states[view.engine] = (info.incarnation, state)
         return decision
+
+    def _policy(self, config: SpeculationConfig) -> SpeculationPolicy[Any]:
+        """The configured policy, made anew when its configuration has changed. Raises `Refused` as long as it cannot be made."""
+        if self._made is None or self._made[0] != config:
+            if self._made is not None and self._made[0].policy != config.policy:
+                self._states.clear()
+            try:
+                made = policy_for(config)
+            except Refused as exc:
+                made = exc
+            self._made = config, made
+        if isinstance(self._made[1], Refused):
+            raise Refused(str(self._made[1]))
+        return self._made[1]
 
     async def _expect(self, view: EngineView) -> None:
         """A version that was just deployed is judged by its gate's evaluation until it has been served for a while."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import anyio.to_thread
 
-from tided.model.records import EngineInfo
 from tided.services.context import Context
 from tided.store.samples import Shard, Split
 
@@ -36,43 +35,43 @@ class Replay:
 
 
 class Stockroom:
-    """Counts shards, at most once a second for each engine."""
+    """Counts shards, at most once a second for each target (by digest): those of all its engines."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._cached: dict[str, tuple[float, int, str, Stock]] = {}
+        self._cached: dict[str, tuple[float, int, Stock]] = {}
 
-    async def stock(self, info: EngineInfo, since_ms: int) -> Stock:
-        """What there is of an engine and its target, since `since_ms`. Raises `Unavailable`."""
+    async def stock(self, target: str, since_ms: int) -> Stock:
+        """What there is of a target, since `since_ms`. Raises `Unavailable`."""
         now_s = time.monotonic()
-        cached = self._cached.get(info.engine)
-        if cached is not None and now_s - cached[0] < FRESH_S and cached[1:3] == (since_ms, info.target.digest):
-            return cached[3]
-        replay = await self._context.state.get(Replay, STATE, info.engine) or Replay()
-        stock = await anyio.to_thread.run_sync(self._count, info, since_ms, frozenset(replay.names))
-        self._cached[info.engine] = (now_s, since_ms, info.target.digest, stock)
+        cached = self._cached.get(target)
+        if cached is not None and now_s - cached[0] < FRESH_S and cached[1] == since_ms:
+            return cached[2]
+        replay = await self._context.state.get(Replay, STATE, target) or Replay()
+        stock = await anyio.to_thread.run_sync(self._count, target, since_ms, frozenset(replay.names))
+        self._cached[target] = (now_s, since_ms, stock)
         return stock
 
-    async def retire(self, engine: str, trained: tuple[str, ...]) -> None:
+    async def retire(self, target: str, trained: tuple[str, ...]) -> None:
         """Shards were trained on: keep a bounded part of them and of the replay before, consume the rest. Safe to repeat."""
         context = self._context
-        before = await context.state.get(Replay, STATE, engine) or Replay()
-        names, gone = await anyio.to_thread.run_sync(self._split, engine, trained, before.names)
-        await context.state.put(STATE, engine, Replay(names), context.leadership.require())
+        before = await context.state.get(Replay, STATE, target) or Replay()
+        names, gone = await anyio.to_thread.run_sync(self._split, target, trained, before.names)
+        await context.state.put(STATE, target, Replay(names), context.leadership.require())
         await anyio.to_thread.run_sync(context.samples.consume, gone)
-        self._cached.pop(engine, None)
+        self._cached.pop(target, None)
 
-    def _count(self, info: EngineInfo, since_ms: int, replay_names: frozenset[str]) -> Stock:
+    def _count(self, target: str, since_ms: int, replay_names: frozenset[str]) -> Stock:
         store, config = self._context.samples, self._context.config
-        train = store.shards(Split.TRAIN, info.target.digest, info.engine)
+        train = store.shards(Split.TRAIN, target)
         fresh = [shard for shard in train if shard.created_ms >= since_ms and shard.path.name not in replay_names]
         fresh_rows = sum(shard.rows for shard in fresh)
         names = {shard.path.name for shard in fresh}
-        fraction = config.training.replay_fraction
+        fraction = self._context.training_for(target).replay_fraction
         replay = _newest(
             [shard for shard in train if shard.path.name not in names], fraction / (1.0 - fraction) * fresh_rows
         )
-        newest = [s for s in store.shards(Split.HELD_OUT, info.target.digest, info.engine) if s.created_ms >= since_ms]
+        newest = [s for s in store.shards(Split.HELD_OUT, target) if s.created_ms >= since_ms]
         held_out: list[Shard] = []
         scored = runs = 0
         for shard in reversed(newest):
@@ -91,12 +90,12 @@ class Stockroom:
         )
 
     def _split(
-        self, engine: str, trained: tuple[str, ...], kept_before: tuple[str, ...]
+        self, target: str, trained: tuple[str, ...], kept_before: tuple[str, ...]
     ) -> tuple[tuple[str, ...], list[str]]:
         """(names to keep, paths to consume): half of the budget for what was just trained on, half for what was kept before."""
-        settings = self._context.config.training
+        settings = self._context.training_for(target)
         budget = settings.replay_fraction / (1.0 - settings.replay_fraction) * settings.min_rows
-        by_name = {s.path.name: s for s in self._context.samples.shards(Split.TRAIN, engine=engine)}
+        by_name = {s.path.name: s for s in self._context.samples.shards(Split.TRAIN, target)}
         just = [by_name[name] for name in (path.rsplit("/", 1)[-1] for path in trained) if name in by_name]
         older = [by_name[name] for name in kept_before if name in by_name and by_name[name] not in just]
         # A small old part leaves its room to the new one, not the other way round: the new regime is what is served.

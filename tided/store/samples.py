@@ -257,16 +257,16 @@ class SampleStore:
         return self._discard(Reason.PURGED, (shard for split in Split for shard in self.shards(split, engine=engine)))
 
     def prune(self) -> dict[Reason, Discarded]:
-        """Delete what is too old, then the oldest of what is over the byte budget."""
+        """Delete what is too old, then the oldest of what is over the byte budget, which each target has for itself."""
         oldest = time.time_ns() // 1_000_000 - self._max_age_ms
         expired = [shard for split in Split for shard in self.shards(split) if shard.created_ms < oldest]
         result = {Reason.EXPIRED: self._discard(Reason.EXPIRED, expired)}
         excess: list[Shard] = []
         for split, share in ((Split.TRAIN, 1 - HELD_OUT_SHARE), (Split.HELD_OUT, HELD_OUT_SHARE)):
-            room = int(self._max_bytes * share)
+            room: dict[str, int] = {}
             for shard in reversed(self.shards(split)):
-                room -= shard.bytes
-                if room < 0:
+                room[shard.target] = room.get(shard.target, int(self._max_bytes * share)) - shard.bytes
+                if room[shard.target] < 0:
                     excess.append(shard)
         return {**result, Reason.OVER_BUDGET: self._discard(Reason.OVER_BUDGET, excess)}
 

@@ -1,4 +1,4 @@
-"""What the leader must remember about an engine across restarts, and the operator's policy setting. Every write is fenced."""
+"""What the leader must remember about engines and targets across restarts, and the policy setting. Every write is fenced."""
 
 from typing import TypeVar
 
@@ -20,16 +20,16 @@ class StateStore:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    async def put(self, name: str, engine: str, record: object, epoch: int) -> None:
-        """Store a frozen dataclass as the engine's `name`."""
-        await scripts.put(self._redis, keys.state(name, engine), encode(record), epoch)
+    async def put(self, name: str, about: str, record: object, epoch: int) -> None:
+        """Store a frozen dataclass as the `name` of an engine, or of a target by its digest."""
+        await scripts.put(self._redis, keys.state(name, about), encode(record), epoch)
 
-    async def get(self, cls: type[T], name: str, engine: str) -> T | None:
-        """The engine's `name`; None if there is none. Raises `Refused` for a record of another schema."""
-        return await self._read(cls, keys.state(name, engine))
+    async def get(self, cls: type[T], name: str, about: str) -> T | None:
+        """The `name` of an engine or target; None if there is none. Raises `Refused` for a record of another schema."""
+        return await self._read(cls, keys.state(name, about))
 
-    async def delete(self, name: str, engine: str, epoch: int) -> None:
-        await scripts.delete(self._redis, keys.state(name, engine), epoch)
+    async def delete(self, name: str, about: str, epoch: int) -> None:
+        await scripts.delete(self._redis, keys.state(name, about), epoch)
 
     async def put_policy(self, setting: PolicySetting, epoch: int) -> None:
         await scripts.put(self._redis, keys.policy(), encode(setting), epoch)

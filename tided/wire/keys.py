@@ -16,7 +16,7 @@ PERMANENT = (
     "tided:{*}:ledger",  # one hash of counters an engine
     "tided:{ctl}:epoch",
     "tided:{ctl}:events",  # bounded by MAXLEN
-    "tided:{ctl}:state:*",  # one record an engine
+    "tided:{ctl}:state:*",  # a few records an engine or target
     "tided:{ctl}:policy",
 )
 
@@ -147,6 +147,6 @@ def policy() -> str:
     return _control("policy")
 
 
-def state(name: str, engine: str) -> str:
-    """A record of the leader about an engine (its collection, its deployment, its profile)."""
-    return _control(f"state:{check_name(name)}:{check_name(engine, 'engine')}")
+def state(name: str, about: str) -> str:
+    """A record of the leader about an engine (its deployment) or a target by its digest (its collection, its head)."""
+    return _control(f"state:{check_name(name)}:{check_name(about)}")

@@ -117,7 +117,7 @@ def parse(argv: Sequence[str]) -> Settings:
         raise Refused("--redis must be a redis://, rediss:// or unix:// URL")
     redis = args.redis or (config.redis_url if args.config is not None else "")
     settings = Settings(
-        model=args.model or config.target.path,
+        model=args.model or config.engine_target.path,
         draft=args.draft,
         draft_vocab=config.training.draft_vocab,
         engine_id=check_name(_or(args.engine_id, engine.id), "--engine-id"),

@@ -1,0 +1,118 @@
+"""Engines that serve one target, and the draft that they share: the target's head.
+
+The head moves when a version has proved itself on one engine (its canary) or an operator deploys one onto all. Every other engine
+follows by its own deployment, watched as any other. A version that went into quarantine, wherever that happened, is nobody's head any
+more: then it is the nearest version from which it descends that is good.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import anyio.to_thread
+
+from tided.model.errors import Refused
+from tided.model.records import Capability, Deployment, Draft
+from tided.services.context import Context, Target
+from tided.services.deployer import RESTART, ROLLBACK, check_fit, desired_version
+from tided.services.monitor import EngineView
+
+STATE = "head"
+SHARED = "shared"
+"""Reason of a deployment that brings an engine onto its target's head."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An engine that is in order, with its newest deployment."""
+
+    view: EngineView
+    deployment: Deployment | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The engines of a target that are connected and in order, by name; never none."""
+
+    target: Target
+    members: tuple[Member, ...]
+
+    @property
+    def digest(self) -> str:
+        return self.target.info.digest
+
+    def can(self, capability: Capability) -> bool:
+        """Whether all of them can."""
+        return all(capability in member.view.info.capabilities for member in self.members)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """`since_ms`: a deployment that is older than this says nothing against the head."""
+
+    version: str
+    since_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The version that an engine should serve ("" when nothing says so), why, and what keeps it from the head, or ""."""
+
+    version: str
+    reason: str = RESTART
+    problem: str = ""
+
+
+class Heads:
+    """Keeps the head of each target in the leader's state."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def move(self, target: str, version: str, since_ms: int) -> None:
+        """Raises `Superseded`, `Unavailable`."""
+        context = self._context
+        await context.state.put(STATE, target, Head(version, since_ms), context.leadership.require())
+
+    async def incumbent(self, pool: Pool) -> str:
+        """The version that the pool's next draft is to be better than: the head where an engine serves it, else what most serve."""
+        served = Counter(member.view.info.version for member in pool.members)
+        head = await self._context.state.get(Head, STATE, pool.digest)
+        draft = await self._good(head.version) if head is not None else None
+        if draft is not None and draft.version in served:
+            return draft.version
+        return min(served, key=lambda version: (-served[version], version))
+
+    async def wanted(self, view: EngineView, deployment: Deployment | None) -> Wanted:
+        """What an engine without a deployment under way should serve."""
+        own = Wanted(desired_version(deployment))
+        head = await self._context.state.get(Head, STATE, view.info.target.digest)
+        if head is None or Capability.SWAP not in view.info.capabilities:
+            return own
+        draft = await self._good(head.version)
+        if draft is None or draft.version == (own.version or view.info.version):
+            return own
+        present = await self._find(own.version or view.info.version)
+        blamed = present is not None and bool(present.quarantined)
+        behind = deployment is None or deployment.created_ms < head.since_ms
+        if not blamed and not behind:
+            return own
+        try:
+            check_fit(view.info, draft)
+        except Refused as exc:
+            return Wanted(own.version, problem=f"engine {view.engine} cannot share its target's draft: {exc}")
+        return Wanted(draft.version, ROLLBACK if blamed else SHARED)
+
+    async def _good(self, version: str) -> Draft | None:
+        """The version, or the nearest one that it descends from, that is not in quarantine."""
+        draft = await self._find(version)
+        while draft is not None and draft.quarantined:
+            draft = await self._find(draft.parent)
+        return draft
+
+    async def _find(self, version: str) -> Draft | None:
+        if not version:
+            return None
+        try:
+            return await anyio.to_thread.run_sync(self._context.drafts.get, version)
+        except Refused:
+            return None
