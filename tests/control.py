@@ -41,11 +41,11 @@ class Control:
 def settings(root: Path, target: Path, **sections: dict[str, object]) -> Config:
     """A configuration with short times below `root`."""
     base: dict[str, dict[str, object]] = {
-        "daemon": {"state_dir": str(root / "s"), "cycle_s": 0.1, "lease_ttl_s": 3.0, "start_collector": False},
+        "daemon": {"state_dir": str(root / "s"), "cycle_s": 0.1, "lease_ttl_s": 600.0, "start_collector": False},
         "target": {"path": str(target)},
         "training": {"min_rows": 200, "cool_down_s": 0, "draft_vocab": 64, "short_window": 4, "long_window": 32},
         "gate": {"min_requests": 4, "min_tokens": 20},
-        "deployment": {"swap_deadline_s": 2.0, "watch_requests": 5, "watch_s": 30.0},
+        "deployment": {"swap_deadline_s": 120.0, "watch_requests": 5, "watch_s": 600.0},
     }
     for name, values in sections.items():
         base[name] = {**base.get(name, {}), **values}
@@ -57,8 +57,8 @@ async def leading(valkey: Valkey, config: Config, name: str = "test") -> AsyncGe
     """Services that lead."""
     redis = connect(valkey.url)
     engines = EngineStore(redis)
-    lease = LeaderLease(redis, name, 30.0)
-    context = Context.of(config, redis, Leadership(lease, engines, 30.0))
+    lease = LeaderLease(redis, name, 600.0)
+    context = Context.of(config, redis, Leadership(lease, engines, 600.0))
     controller = Controller(context)
     context.leadership.problem = ""
     assert await lease.acquire(max((info.epoch for info in await engines.list()), default=0)) is not None

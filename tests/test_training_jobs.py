@@ -185,7 +185,7 @@ def test_sigterm_ends_it_at_once(spec: JobSpec, tmp_path: Path) -> None:
         assert process.stdout is not None
         from_plain(Progress, json.loads(process.stdout.readline()))
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=5)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGTERM
     assert b"Traceback" not in errors
 
