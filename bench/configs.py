@@ -1,5 +1,7 @@
 """Configuration files for stacks that a bench, the demo or a test starts: the default with a few values changed."""
 
+import contextlib
+import random
 import socket
 import tomllib
 from collections.abc import Mapping
@@ -28,10 +30,12 @@ def write_config(path: Path, changes: Mapping[str, Mapping[str, Any]], base: Pat
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on now, below those that Linux gives to outgoing connections: it stays free until it is used."""
+    for port in random.sample(range(15_000, 32_000), 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise OSError(f"no free port on {host}")
 
 
 def _literal(value: Any) -> str:

@@ -135,14 +135,14 @@ class Demo:
         plan = self.plan
         measure = _prompts(domain, "measure", plan.turn_tokens)
         after = 0
-        while self._at_s < plan.ends_s[index]:
+        while True:  # at least one round, however slow the machine is
             traffic.resume()
             await asyncio.sleep(plan.adapt_s)
             await traffic.pause()
             for prompt in itertools.islice(measure, plan.turns):
                 await self._turn(prompt, url, control)
                 after += int(self._done(index + 1))
-            if plan.ends_early and after >= plan.turns_after:
+            if self._at_s >= plan.ends_s[index] or (plan.ends_early and after >= plan.turns_after):
                 return
 
     def _done(self, phase: int) -> bool:

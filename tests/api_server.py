@@ -1,7 +1,6 @@
 """A running API server for tests, on a short socket path and a free port."""
 
 import contextlib
-import socket
 import tempfile
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -28,12 +27,6 @@ class Running:
     @property
     def client(self) -> Client:
         return Client(self.socket)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.asynccontextmanager

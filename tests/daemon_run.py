@@ -31,23 +31,23 @@ class TidedProcess:
                 self.said += self.notify.recv(4096).decode() + "\n"
         return self.said
 
-    async def ready(self, timeout_s: float = 20.0) -> None:
+    async def ready(self) -> None:
         def check() -> bool:
             assert self.process.returncode is None, self.log.read_text()
             return "READY=1" in self.heard()
 
-        await eventually(check, timeout_s)
+        await eventually(check)
 
-    async def status(self, text: str, timeout_s: float = 20.0) -> None:
-        """Wait until the newest STATUS holds `text`."""
+    async def status(self, text: str) -> None:
+        """Wait until the newest STATUS holds `text`. Only for states that last: tided looks at its own once a second."""
 
         def check() -> bool:
             lines = [line for line in self.heard().splitlines() if line.startswith("STATUS=")]
             return bool(lines) and text in lines[-1]
 
-        await eventually(check, timeout_s)
+        await eventually(check)
 
-    async def stop(self, number: signal.Signals = signal.SIGTERM, timeout_s: float = 20.0) -> int:
+    async def stop(self, number: signal.Signals = signal.SIGTERM, timeout_s: float = 90.0) -> int:
         if self.process.returncode is None:
             self.process.send_signal(number)
         async with asyncio.timeout(timeout_s):

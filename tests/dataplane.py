@@ -41,6 +41,7 @@ class Producer:
     tap: Tap
     publisher: Publisher
     sent: set[tuple[str, int, int]] = field(default_factory=set[tuple[str, int, int]])
+    ended: int = 0
 
     @classmethod
     def start(cls, url: str, incarnation: str = "i-1", *, engine: str = "e1", slots: int = 8) -> "Producer":
@@ -57,6 +58,7 @@ class Producer:
         for at in range(0, rows, step):
             self.rows(name, tokens, at, min(step, rows - at))
         self.tap.end(name, "stop", tokens[rows:])
+        self.ended += 1
 
     def rows(self, name: str, tokens: list[int], at: int, count: int) -> None:
         ids = tokens[at : at + count]
@@ -64,7 +66,7 @@ class Producer:
         self.sent |= {(name, at + i, token) for i, token in enumerate(ids)}
 
     def close(self) -> bool:
-        return self.publisher.close(5.0)
+        return self.publisher.close(60.0)
 
 
 def states_of(ids: list[int]) -> torch.Tensor:

@@ -93,7 +93,8 @@ def make_draft(number: int) -> Draft:
 
 
 class FakePlane:
-    """`calls` lists what was asked to change, with the actor; `fault`, when set, is raised by every method."""
+    """`calls` lists what was asked to change, with the actor; `fault`, when set, is raised by every method. `looked`: how often
+    somebody asked for events."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -103,6 +104,7 @@ class FakePlane:
         self.workers_now: tuple[WorkerInfo, ...] = (WORKER,)
         self.engines_now: tuple[EngineStatus, ...] = (ENGINE,)
         self.problems: tuple[str, ...] = ()
+        self.looked = 0
 
     def _enter(self) -> None:
         if self.fault is not None:
@@ -201,6 +203,7 @@ class FakePlane:
 
     async def events(self, after: str, limit: int) -> tuple[Event, ...]:
         self._enter()
+        self.looked += 1
         if not after:
             return tuple(self.log[-limit:])
         return tuple(item for item in self.log if int(item.id.partition("-")[0]) > int(after.partition("-")[0]))[:limit]

@@ -6,14 +6,18 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+COMMANDS, REPLIES = ("forward", "mute"), ("forward",)
+"""Modes in which commands, and replies, are passed on."""
+
 
 class Proxy:
     """Listens on `url`. `mode`: "forward"; "mute", where commands arrive and replies do not; "swallow", where nothing arrives;
-    "refuse", for new connections."""
+    "refuse", for new connections. A connection that lost something stays mute. `dropped`: bytes of replies that were lost."""
 
     def __init__(self, path: Path, upstream: str) -> None:
         self.url = f"unix://{path}"
         self.mode = "forward"
+        self.dropped = 0
         self._upstream = upstream
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._listener = socket.socket(socket.AF_UNIX)
@@ -46,14 +50,18 @@ class Proxy:
             server = socket.socket(socket.AF_UNIX)
             server.connect(self._upstream)
             self._pairs.append((client, server))
-            for source, sink, modes in ((client, server, ("forward", "mute")), (server, client, ("forward",))):
+            for source, sink, modes in ((client, server, COMMANDS), (server, client, REPLIES)):
                 threading.Thread(target=self._pump, args=(source, sink, modes), daemon=True).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket, modes: tuple[str, ...]) -> None:
         with suppress(OSError), source, sink:
+            whole = True
             while data := source.recv(1 << 16):
-                if self.mode in modes:
+                whole = whole and self.mode in modes
+                if whole:
                     sink.sendall(data)
+                elif modes == REPLIES:
+                    self.dropped += len(data)
 
 
 @contextmanager

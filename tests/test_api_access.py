@@ -8,7 +8,8 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
-from tests.api_server import free_port, running
+from bench.configs import free_port
+from tests.api_server import running
 from tests.fake_plane import JOB, FakePlane
 from tided.api.access import ALLOWED, PEER, Access, Endpoint, Peer, Role, host_allowed, may, peer_of
 from tided.api.lifetime import Lifetime

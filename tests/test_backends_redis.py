@@ -51,7 +51,8 @@ def draft(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
 
 
 @pytest.fixture
-async def scene(valkey: Valkey, target: Path, draft: Path) -> AsyncIterator[Scene]:
+async def scene(valkey: Valkey, target: Path, draft: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
+    monkeypatch.setattr("tided.backends.redis.QUICK_S", 60.0)
     redis = connect(valkey.url)
     store = EngineStore(redis)
     async with running_double(valkey, describe_double(target, draft)) as engine:
@@ -82,10 +83,11 @@ async def test_refused_conflict_and_superseded(scene: Scene) -> None:
     with pytest.raises(Superseded, match="epoch 10"):
         await scene.backend.set_schedule((1,), 9)
     with pytest.raises(Refused, match="not in this double"):
-        await scene.backend.measure_profile(11, 2.0)
+        await scene.backend.measure_profile(11, 60.0)
 
 
-async def test_an_engine_that_does_not_answer_is_unavailable(scene: Scene) -> None:
+async def test_an_engine_that_does_not_answer_is_unavailable(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tided.backends.redis.QUICK_S", 0.2)
     scene.engine.dead = True
     await eventually(scene.gone)
     with pytest.raises(Unavailable, match="did not answer"):

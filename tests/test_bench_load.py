@@ -21,10 +21,11 @@ TIDE = {"spec_steps": 4, "drafted": 12, "accepted": 6}
 
 
 class Server:
-    """Streams two pieces; fails every prompt whose number is in `failing`."""
+    """Streams two pieces; fails every prompt whose number is in `failing`. Nothing is answered before `meet` requests run at once."""
 
-    def __init__(self, *, tide: bool = True, failing: frozenset[int] = frozenset()) -> None:
-        self.tide, self.failing = tide, failing
+    def __init__(self, *, tide: bool = True, failing: frozenset[int] = frozenset(), meet: int = 1) -> None:
+        self.tide, self.failing, self.meet = tide, failing, meet
+        self._met = asyncio.Event()
         self.bodies: list[dict[str, Any]] = []
         self.running = self.most = 0
         self.url = ""
@@ -38,13 +39,16 @@ class Server:
     async def _stream(self) -> AsyncIterator[str]:
         self.running += 1
         self.most = max(self.most, self.running)
+        if self.running >= self.meet:
+            self._met.set()
+        await self._met.wait()
         for number, text in enumerate(("a", "b")):
             choice = {"index": 0, "delta": {"content": text}, "token_ids": [number]}
             yield f"data: {json.dumps({'choices': [choice]})}\n\n"
             await asyncio.sleep(0.01)
         usage = {"completion_tokens": 10, **({"tide": TIDE} if self.tide else {})}
-        yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n"
         self.running -= 1
+        yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n"
 
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator["Server"]:
@@ -66,7 +70,7 @@ class Server:
 
 async def test_each_prompt_is_asked_once_at_the_given_concurrency() -> None:
     prompts = DOMAINS["code"].prompts("measure")[:12]
-    async with Server().serving() as server:
+    async with Server(meet=4).serving() as server:
         load = await each(server.url, prompts, 4, token_ids=True)
     assert len(load.answers) == len(server.bodies) == 12
     assert server.most == 4

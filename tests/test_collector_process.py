@@ -26,7 +26,7 @@ async def drained(client: redis.asyncio.Redis, tapped: int) -> SampleTotals:
             else None
         )
 
-    return await eventually(look, 20.0)
+    return await eventually(look)
 
 
 def send(producer: Producer, first: int, count: int) -> None:

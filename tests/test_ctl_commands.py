@@ -200,17 +200,20 @@ def command_names() -> list[str]:
 
 
 async def test_status_is_quick_enough() -> None:
-    """The budget is 400 ms of wall clock on an idle machine (bench measures that); CPU time is stable on a busy one."""
+    """bench/ measures the budget of 400 ms; here CPU time is compared with that of starting typer alone, on any machine."""
     async with running() as api:
-        command = [sys.executable, "-m", "tided.ctl.main", "--socket", str(api.socket), "status"]
+        status = ["-m", "tided.ctl.main", "--socket", str(api.socket), "status"]
 
-        def once() -> float:
+        def cpu_s(arguments: list[str]) -> float:
             before = os.times()
-            subprocess.run(command, check=True, capture_output=True)
+            subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
             after = os.times()
             return after.children_user + after.children_system - before.children_user - before.children_system
 
         async def quick() -> bool:
-            return await anyio.to_thread.run_sync(once) <= 0.4
+            bare, whole = [
+                await anyio.to_thread.run_sync(cpu_s, run) for run in (["-c", "import typer.rich_utils"], status)
+            ]
+            return whole <= 3 * bare
 
-        await eventually(quick, timeout_s=10)
+        await eventually(quick)

@@ -54,22 +54,23 @@ async def test_prompts_are_nowhere_but_in_samples(tmp_path: Path) -> None:
     config = write_config(
         path,
         {
-            "daemon": {"state_dir": str(tmp_path / "s"), "cycle_s": 0.2, "lease_ttl_s": 5.0, "log_level": "debug"},
+            "daemon": {"state_dir": str(tmp_path / "s"), "cycle_s": 0.2, "lease_ttl_s": 30.0, "log_level": "debug"},
             "target": {"path": str(target)},
             "engine": {"port": free_port(), "dtype": "float32", "max_context": 160, "report_interval_s": 0.2},
             "samples": {"shard_rows": 16, "shard_age_s": 0.5},
+            "self_test": {"enabled": False},  # without a worker nobody makes its reference
             "training": {"draft_vocab": 64},
         },
     )
     url = f"http://127.0.0.1:{config.engine.port}"
-    client = Client(config.daemon.socket_path)
+    client = Client(config.daemon.socket_path, timeout_s=60)
     logs = tmp_path / "logs"
-    async with LocalStack(logs) as stack, httpx.AsyncClient(base_url=url, timeout=60) as http:
+    async with LocalStack(logs) as stack, httpx.AsyncClient(base_url=url, timeout=300) as http:
         for service in services(path, config):
             if service.name != "worker":
                 await stack.start(service)
         # Only requests that begin while tided captures are tapped.
-        await eventually(lambda: capturing(client), timeout_s=30, poll_s=0.1)
+        await eventually(lambda: capturing(client), timeout_s=120, poll_s=0.1)
         bodies = [
             {"model": "tiny", "prompt": CANARY, "max_tokens": 8, "temperature": 0},
             {
@@ -89,10 +90,10 @@ async def test_prompts_are_nowhere_but_in_samples(tmp_path: Path) -> None:
         assert long.status_code == 400
         garbled = await http.post("/v1/completions", content=b'{"prompt": "' + CANARY.encode())
         assert garbled.status_code == 400
-        await eventually(lambda: stored(client), timeout_s=20, poll_s=0.1)
+        await eventually(lambda: stored(client), timeout_s=120, poll_s=0.1)
         opted_out = {"x-tide-no-capture": "1"}
         assert (await http.post("/v1/completions", json=bodies[0], headers=opted_out)).status_code == 200
-        engine = await eventually(lambda: skipped(client), timeout_s=20, poll_s=0.1)
+        engine = await eventually(lambda: skipped(client), timeout_s=120, poll_s=0.1)
         seen = tmp_path / "seen.txt"
         status = await asyncio.to_thread(client.get, "/v1/status")
         events = await asyncio.to_thread(client.get, "/v1/events", {"limit": 1000})

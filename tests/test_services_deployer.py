@@ -13,6 +13,7 @@ from tests.support import eventually
 from tests.tiny import make_draft, make_target
 from tided.model.errors import Conflict, Refused
 from tided.model.records import Deployment, DeploymentState, Draft
+from tided.services.context import Context
 
 pytestmark = pytest.mark.real
 ENGINE = "double"
@@ -36,6 +37,17 @@ class Scene:
     engine: EngineDouble
     old: Draft
     new: Draft
+    ahead_ms: int = 0
+
+    async def miss_the_deadline(self) -> None:
+        """Once the swap was sent, let more time pass than it has; the clock that tided reads goes ahead."""
+
+        async def sent() -> bool:
+            await self.control.cycle()
+            return "Swap" in self.engine.kinds()
+
+        await eventually(sent)
+        self.ahead_ms += round(self.control.context.config.deployment.swap_deadline_s * 1000) + 1
 
     async def deploy(self) -> Deployment:
         await self.control.cycle()
@@ -43,13 +55,13 @@ class Scene:
         assert begun.state is DeploymentState.PENDING
         return begun
 
-    async def until(self, *states: DeploymentState, timeout_s: float = 10.0) -> Deployment:
+    async def until(self, *states: DeploymentState) -> Deployment:
         async def reached() -> Deployment | None:
             await self.control.cycle()
             found = await self.control.controller.deployer.current(ENGINE)
             return found if found is not None and found.state in states else None
 
-        return await eventually(reached, timeout_s=timeout_s)
+        return await eventually(reached)
 
     async def ended(self) -> Deployment:
         return await self.until(DeploymentState.LIVE, DeploymentState.ROLLED_BACK, DeploymentState.FAILED)
@@ -59,13 +71,21 @@ class Scene:
 
 
 @pytest.fixture
-async def scene(valkey: Valkey, tmp_path: Path, target: Path, drafts: tuple[Path, Path, Path]) -> AsyncIterator[Scene]:
+async def scene(
+    valkey: Valkey, tmp_path: Path, target: Path, drafts: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Scene]:
     config = settings(tmp_path, target)
     async with leading(valkey, config) as control:
         old, new = (store_draft(control, directory, target) for directory in drafts[:2])
         async with running_double(valkey, describe_double(target, drafts[0])) as engine:
             await eventually(lambda: control.context.engines.list())
-            yield Scene(control, engine, old, new)
+            found, true_ms = Scene(control, engine, old, new), Context.now_ms
+
+            async def now_ms(context: Context) -> int:
+                return await true_ms(context) + found.ahead_ms
+
+            monkeypatch.setattr(Context, "now_ms", now_ms)
+            yield found
 
 
 async def test_a_good_swap_goes_live_and_is_read_back(scene: Scene) -> None:
@@ -90,6 +110,8 @@ async def test_a_good_swap_goes_live_and_is_read_back(scene: Scene) -> None:
 async def test_a_swap_that_fails_or_is_a_lie_ends_on_the_old_version(scene: Scene, swaps: Swaps) -> None:
     scene.engine.swaps = swaps
     await scene.deploy()
+    if swaps is Swaps.LYING_BEAT:
+        await scene.miss_the_deadline()
     ended = await scene.ended()
     assert ended.state is DeploymentState.ROLLED_BACK
     assert scene.engine.info.version == scene.old.version
@@ -122,7 +144,7 @@ async def test_an_engine_that_dies_in_mid_swap_gets_its_last_good_version_back(
 ) -> None:
     scene.engine.swaps = Swaps.DYING
     await scene.deploy()
-    await scene.until(DeploymentState.SWAPPING)
+    await scene.miss_the_deadline()
     await eventually(lambda: scene.engine.dead)
     async with running_double(valkey, describe_double(target, drafts[2])) as again:
         ended = await scene.ended()

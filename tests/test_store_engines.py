@@ -110,8 +110,8 @@ async def test_the_reply_is_found_whether_it_came_before_or_comes_after(redis: A
 
     answer("cmd-other")
     answer("cmd-1")
-    assert (await store.wait_reply("engine-a", "cmd-1", 5.0)).data == {"version": "1" * 64}
-    waiting = asyncio.ensure_future(store.wait_reply("engine-a", "cmd-2", 5.0))
+    assert (await store.wait_reply("engine-a", "cmd-1", 60.0)).data == {"version": "1" * 64}
+    waiting = asyncio.ensure_future(store.wait_reply("engine-a", "cmd-2", 60.0))
     answer("cmd-3")
     answer("cmd-2")
     assert (await waiting).command == "cmd-2"
@@ -124,12 +124,12 @@ def worker(incarnation: str, job: str = "") -> WorkerInfo:
 
 
 async def test_a_worker_is_listed_while_it_beats(redis: Any, valkey: Valkey) -> None:
-    store = WorkerStore(redis, ttl_s=20)
+    store = WorkerStore(redis, ttl_s=200)
     assert await store.register(worker("i1")) is Beat.NOTED
     assert await store.heartbeat(worker("i1", "job-1")) is Beat.NOTED
     valkey.client.hset("tided:{ctl}:worker:w9", mapping={"info": b"junk", "incarnation": "x"})
     assert await store.list() == [worker("i1", "job-1")]
-    assert 0 < valkey.client.pttl(keys.worker("w1")) <= 20_000  # type: ignore[operator]
+    assert 0 < valkey.client.pttl(keys.worker("w1")) <= 200_000  # type: ignore[operator]
     await store.remove(worker("i0"))
     assert await store.list() == [worker("i1", "job-1")]
     await store.remove(worker("i1"))
@@ -168,7 +168,7 @@ async def test_events_are_read_in_order_from_a_cursor_and_followed(redis: Any) -
     assert [e.at_ms for e in await store.read(limit=2)] == [0, 1]
     assert await store.read(stored[2].id) == stored[3:]
     assert await store.newest(2) == stored[3:]
-    following = asyncio.ensure_future(store.read(stored[4].id, block_s=10))
+    following = asyncio.ensure_future(store.read(stored[4].id, block_s=60))
     appended = await store.append(event(5))
     assert await following == [appended]
     assert await store.read(appended.id, block_s=0.05) == []

@@ -65,7 +65,7 @@ def test_unit(unit: str, tmp_path: Path) -> None:
 
 
 def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, timeout=180, check=False)
 
 
 def test_stop_timeouts_leave_room_for_the_drain() -> None:

@@ -77,9 +77,9 @@ async def test_a_live_server_that_a_killed_tided_left_is_adopted_and_stopped(dir
 
 
 async def test_a_mute_server_gets_no_twin(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tided.store.client.COMMAND_TIMEOUT_S", 0.2)
     first = EmbeddedValkey(directory, MEMORY_BYTES)
     await first.start()
+    monkeypatch.setattr("tided.store.client.COMMAND_TIMEOUT_S", 0.2)
     os.kill(first.pid, signal.SIGSTOP)
     try:
         with pytest.raises(Unavailable, match=f"process {first.pid}.*does not answer"):
@@ -94,7 +94,7 @@ async def test_a_server_that_cannot_start_says_why(directory: Path) -> None:
     (directory / "appendonlydir").write_text("in the way")
     server = EmbeddedValkey(directory, MEMORY_BYTES)
     with pytest.raises(Unavailable, match=r"log ends: .*appendonly"):
-        await server.start(deadline_s=10.0)
+        await server.start(deadline_s=60.0)
 
 
 async def test_a_missing_binary_and_a_long_path_are_configuration_errors(directory: Path) -> None:

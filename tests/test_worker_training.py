@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> JobSpec:
 @pytest.fixture
 async def jobs(valkey: Valkey) -> AsyncIterator[JobStore]:
     async with connect(valkey.url) as client:
-        yield JobStore(client, keep_s=60)
+        yield JobStore(client, keep_s=600)
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ async def ended(jobs: JobStore, job: Job) -> Job:
         found = await jobs.get(job.id)
         return found if found is not None and found.state.final else None
 
-    found = await eventually(there, timeout_s=60)
+    found = await eventually(there, timeout_s=180)
     assert found is not None
     return found
 
@@ -76,7 +77,8 @@ async def test_train_score_and_a_clean_error(jobs: JobStore, spec: JobSpec, work
 async def test_the_trainer_dies_with_a_worker_that_is_killed(
     jobs: JobStore, spec: JobSpec, worker: subprocess.Popen[bytes]
 ) -> None:
-    job = await jobs.submit(spec, epoch=1)
+    long = replace(spec, budget_s=600.0, options={**spec.options, "passes": 10_000})
+    job = await jobs.submit(long, epoch=1)
 
     def trainers() -> list[int]:
         found: list[int] = []
@@ -91,12 +93,12 @@ async def test_the_trainer_dies_with_a_worker_that_is_killed(
                     found.append(int(entry.name))
         return found
 
-    await eventually(trainers, timeout_s=15)
+    await eventually(trainers)
 
     async def at_work() -> bool:
         found = await jobs.get(job.id)
         return found is not None and found.progress is not None
 
-    await eventually(at_work, timeout_s=30)
+    await eventually(at_work)
     os.kill(worker.pid, signal.SIGKILL)
     await eventually(lambda: trainers() == [])

@@ -120,11 +120,11 @@ class EmbeddedControl:
         return {"version": scheduler.version, "seconds": seconds}
 
     def measure_profile(self) -> LatencyProfile:
-        """Measure T(n) and D(b) between steps. Raises `Unavailable` while requests are running."""
+        """Measure T(n) and D(b) between steps. Raises `Unavailable` while requests run or wait."""
         scheduler = self._scheduler
 
         def action() -> LatencyProfile:
-            if scheduler.running:
+            if scheduler.running or scheduler.waiting:
                 raise Unavailable("the engine is serving; a profile is measured only while nothing runs")
             return measure(scheduler.target, scheduler.drafter)
 
