@@ -10,7 +10,7 @@ MODEL := build/models/smollm2
 HOST_PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 
-.PHONY: help setup model demo run test lint format bench bench-shift bench-loop benchmarks clean
+.PHONY: help setup model demo run engines test lint format bench bench-shift bench-loop benchmarks clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -36,7 +36,12 @@ demo: model ## a real model gets faster while it serves: ten minutes, with a cha
 run: model ## serve your own requests on localhost until Ctrl-C
 	@$(PY) -m tided.local --config config.toml
 
-test: model ## every test
+ENGINES ?= vllm
+
+engines: setup ## build the pinned environments of real engines in a cache outside the checkout (once; see engines/build.py)
+	@$(PY) engines/build.py $(ENGINES)
+
+test: model engines ## every test
 	$(PY) -m pytest
 
 lint: setup ## ruff, format, strict types, import contracts

@@ -12,17 +12,29 @@ VOCAB = 96
 EOS = 2
 
 
-def make_target(path: Path, *, layers: int = 8, seed: int = 0, vocab: int = VOCAB) -> Path:
-    """A checkpoint directory with weights (fp32) and a tokenizer whose tokens are single characters."""
+def make_target(
+    path: Path,
+    *,
+    layers: int = 8,
+    seed: int = 0,
+    vocab: int = VOCAB,
+    heads: int = 6,
+    kv_heads: int = 2,
+    head_dim: int = 8,
+) -> Path:
+    """A checkpoint directory with weights (fp32) and a tokenizer whose tokens are single characters.
+
+    Engines with kernels of their own need larger heads than the default.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,
-        hidden_size=48,
-        intermediate_size=96,
+        hidden_size=heads * head_dim,
+        intermediate_size=2 * heads * head_dim,
         num_hidden_layers=layers,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         max_position_embeddings=512,
         initializer_range=0.2,
         bos_token_id=1,

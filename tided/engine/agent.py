@@ -17,7 +17,6 @@ from typing import Any, Protocol, cast
 from redis.exceptions import RedisError
 
 from tided.engine.link import Backoff, connect
-from tided.engine.tap import Tap
 from tided.model.errors import Refused, TideError
 from tided.model.records import EngineInfo, Observation, RequestStats, StepCounts, TapTotals
 from tided.wire import keys
@@ -62,6 +61,17 @@ class EngineControl(Protocol):
         ...
 
 
+class TapControl(Protocol):
+    """What the agent needs of a tap, which may be in another process."""
+
+    @property
+    def capturing(self) -> bool: ...
+
+    def set_capture(self, on: bool, credit_bytes: int) -> None: ...
+
+    def totals(self) -> TapTotals: ...
+
+
 class EngineAgent:
     """Connects one engine incarnation to tided. `start()` returns at once, whether or not Redis is there."""
 
@@ -71,7 +81,7 @@ class EngineAgent:
         engine: str,
         incarnation: str,
         control: EngineControl,
-        tap: Tap,
+        tap: TapControl,
         *,
         report_interval_s: float = 0.5,
     ) -> None:
