@@ -39,6 +39,11 @@ async def two_children(pid: int) -> list[int]:
     return await eventually(both)
 
 
+def open_to_others(directory: Path) -> list[Path]:
+    """What of the directory, itself included, anybody but its owner could read."""
+    return [path for path in (directory, *directory.rglob("*")) if path.lstat().st_mode & 0o077]
+
+
 async def test_it_starts_everything_and_leaves_nothing(tmp_path: Path) -> None:
     config = configure(tmp_path)
     async with tided(config, tmp_path) as daemon:
@@ -46,6 +51,7 @@ async def test_it_starts_everything_and_leaves_nothing(tmp_path: Path) -> None:
         await daemon.status("leading")
         family = await two_children(daemon.pid)
         assert (await asyncio.to_thread(Client(tmp_path / "s" / "tided.sock").status)).leader
+        assert open_to_others(tmp_path / "s") == []
         assert await daemon.stop() == 0
         assert "STOPPING=1" in daemon.heard()
     await eventually(lambda: not any(map(alive, family)))

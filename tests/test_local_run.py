@@ -12,6 +12,7 @@ import pytest
 
 from bench.configs import free_port, write_config
 from tests.support import eventually
+from tests.test_daemon_process import open_to_others
 from tests.tiny import make_target
 
 pytestmark = pytest.mark.real
@@ -31,8 +32,9 @@ def _processes_with(text: str) -> list[int]:
 
 
 async def test_it_serves_until_ctrl_c_and_leaves_nothing(tmp_path: Path, short_dir: Path) -> None:
+    state_dir = short_dir / "state"
     changes = {
-        "daemon": {"state_dir": str(short_dir)},
+        "daemon": {"state_dir": str(state_dir)},
         "target": {"path": str(make_target(tmp_path / "model"))},
         "engine": {"port": free_port(), "dtype": "float32", "max_context": 128},
     }
@@ -57,6 +59,7 @@ async def test_it_serves_until_ctrl_c_and_leaves_nothing(tmp_path: Path, short_d
             )
         assert answer.json()["usage"]["completion_tokens"] <= 5
         assert _processes_with(str(short_dir))
+        assert open_to_others(state_dir) == []
         process.send_signal(signal.SIGINT)
         rest, _ = await asyncio.wait_for(process.communicate(), 180)
         assert process.returncode == 0, rest.decode()
@@ -66,7 +69,7 @@ async def test_it_serves_until_ctrl_c_and_leaves_nothing(tmp_path: Path, short_d
             process.kill()
             await process.wait()
     await eventually(lambda: not _processes_with(str(short_dir)) and not _processes_with(str(tmp_path)))
-    assert config.daemon.state_dir == short_dir
+    assert config.daemon.state_dir == state_dir
 
 
 async def test_a_missing_model_is_one_clear_error(tmp_path: Path, short_dir: Path) -> None:

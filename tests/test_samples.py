@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -72,7 +73,17 @@ def test_a_shard_has_the_documented_format(tmp_path: Path) -> None:
     assert header.metadata["schema"] == "1"
     assert json.loads(header.metadata["requests"]) == ["r"]
     assert (shard.rows, shard.runs, shard.engine, shard.target, shard.has_last) == (10, 1, "e1", TARGET, False)
-    assert shard.path.stat().st_mode & 0o077 == 0 or shard.path.parent.stat().st_mode & 0o077 == 0
+
+
+def test_everything_is_for_one_user_alone(tmp_path: Path) -> None:
+    store = make(tmp_path / "state" / "samples")
+    put(store, Split.TRAIN)
+    store.purge()
+    put(store, Split.HELD_OUT)
+    os.close(store.lock_writer())
+    paths = [tmp_path / "state", *(tmp_path / "state").rglob("*")]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_dir()} == {0o700}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_file()} == {0o600}
 
 
 def test_publishing_again_after_half_of_it_was_done_is_harmless(tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stdout.write(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
             return
         logs.configure(config.daemon.log_level)
+        os.umask(0o077)  # state is for this user alone; sockets get their mode from the configuration
         with _Exclusive(config.daemon.state_dir):
             anyio.run(Daemon(config, options.config).run)
     except ConfigError as exc:

@@ -273,6 +273,7 @@ async def serve_until_told(config_file: Path) -> None:
         TideError: what is wrong and what to do.
     """
     config = load(config_file)
+    os.umask(0o077)  # logs and state, of this process and of all that it starts, are for this user alone
     directory = config.daemon.state_dir / "logs"
     async with LocalStack(directory, _print) as stack:
         stop = asyncio.Event()

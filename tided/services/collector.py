@@ -418,6 +418,7 @@ def _run(options: argparse.Namespace) -> None:
     url = options.redis or os.environ.get("TIDED_REDIS_URL") or settings.redis_url
     connect(url)  # a URL that cannot be right is said now
     root = options.root or settings.samples_dir
+    os.umask(0o077)
     store = SampleStore(root, samples.held_out_fraction, samples.max_bytes, samples.max_age_s)
     store.lock_writer()
     anyio.run(partial(serve, CollectorSettings(url, limits), store))

@@ -142,7 +142,7 @@ class SampleStore:
         self._known: dict[Path, Shard] = {}
         try:
             for directory in (self._staging, *(self.root / split for split in Split)):
-                directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+                _make_private(directory)
         except OSError as exc:
             raise _disk(self.root, exc) from exc
 
@@ -180,6 +180,8 @@ class SampleStore:
                     chosen = [run for run in runs if self.split_of(run.group) is split]
                     if chosen:
                         _write_shard(temporary / f"{split}.{new_id('s')}.safetensors", source, chosen)
+            for path in temporary.iterdir():
+                path.chmod(0o600)
             _write_durably(temporary / "receipt.json", json.dumps(receipt).encode())
             _sync_directory(temporary)
             failpoints.hit("samples.staged")
@@ -291,7 +293,7 @@ class SampleStore:
     def _journal(self) -> Generator[_Journal]:
         """The journal, under the lock that orders processes; what a crash left to be unlinked is unlinked first."""
         try:
-            with (self.root / "journal.lock").open("ab") as lock:
+            with open(self.root / "journal.lock", "ab", opener=_private) as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 journal = self._read_journal()
                 for name in journal.gone:
@@ -383,9 +385,19 @@ def _scored(run: Run) -> int:
     return max(0, last - first)
 
 
+def _make_private(directory: Path) -> None:
+    """Make `directory`, and what is missing above it, for this user alone: samples are as private as prompts."""
+    for missing in reversed([path for path in (directory, *directory.parents) if not path.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def _write_durably(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with open(temporary, "wb", opener=_private) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -238,6 +238,7 @@ def main() -> None:
         if settings.cpus:
             os.sched_setaffinity(0, settings.cpus)
         agent = Agent(settings)
+        os.umask(0o077)  # for its trainers too
         settings.work_dir.mkdir(parents=True, exist_ok=True)
     except ConfigError as exc:
         sys.stderr.write(f"{exc}\n")
