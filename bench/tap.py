@@ -38,6 +38,7 @@ async def measure(model: Path, pairs: dict[int, int]) -> list[Claim]:
                 "target": {"path": str(model)},
                 "engine": {"port": ports["on"], "max_context": MAX_CONTEXT},
                 "training": {"min_rows": NEVER_ROWS},
+                "self_test": {"enabled": False},  # there is no worker here
             },
         )
         cores, _ = split_cores(1)

@@ -43,6 +43,7 @@ def settings(root: Path, target: Path, **sections: dict[str, object]) -> Config:
     base: dict[str, dict[str, object]] = {
         "daemon": {"state_dir": str(root / "s"), "cycle_s": 0.1, "lease_ttl_s": 600.0, "start_collector": False},
         "target": {"path": str(target)},
+        "self_test": {"enabled": False},
         "training": {"min_rows": 200, "cool_down_s": 0, "draft_vocab": 64, "short_window": 4, "long_window": 32},
         "gate": {"min_requests": 4, "min_tokens": 20},
         "deployment": {"swap_deadline_s": 120.0, "watch_requests": 5, "watch_s": 600.0},

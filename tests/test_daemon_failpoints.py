@@ -77,6 +77,7 @@ async def test_a_killed_tided_is_made_up_for(
         "redis": {"url": valkey.url},
         "daemon": {"state_dir": str(tmp_path / "s"), "cycle_s": 0.1, "lease_ttl_s": 2.0, "start_collector": False},
         "target": {"path": str(target)},
+        "self_test": {"enabled": False},  # the double taps nothing
         "training": {"min_rows": 200, "cool_down_s": 0, "draft_vocab": 64},
         "gate": {"min_requests": 4, "min_tokens": 20},
         "deployment": {"swap_deadline_s": 120.0, "watch_requests": 3, "watch_s": 120.0},

@@ -58,6 +58,7 @@ async def test_prompts_are_nowhere_but_in_samples(tmp_path: Path) -> None:
             "target": {"path": str(target)},
             "engine": {"port": free_port(), "dtype": "float32", "max_context": 160, "report_interval_s": 0.2},
             "samples": {"shard_rows": 16, "shard_age_s": 0.5},
+            "self_test": {"enabled": False},  # without a worker nobody makes its reference
             "training": {"draft_vocab": 64},
         },
     )

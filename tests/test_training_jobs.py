@@ -17,14 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from tests.shards import Sample, greedy_samples, prompts, train_spec, write_shard
 from tests.tiny import VOCAB
-from tided.draft import checkpoint
+from tided.draft import checkpoint, reference
+from tided.draft.reference import FILE
+from tided.draft.target import describe
 from tided.model.codec import from_plain, to_plain
 from tided.model.errors import Refused
 from tided.model.records import JobKind, JobResult, JobSpec, Progress, Recipe
 from tided.training.__main__ import EXIT_REFUSED, main
 from tided.training.data import mix, read_shard, split_validation
 from tided.training.options import options_for
-from tided.training.reference import FILE
 
 HIDDEN = 48
 
@@ -50,6 +51,16 @@ def refused(spec: JobSpec | dict[str, Any], tmp_path: Path, capsys: pytest.Captu
     assert set(lines[-1]) == {"error", "retryable"}
     assert lines[-1]["retryable"] is False
     return lines[-1]["error"]
+
+
+def reference_job(spec: JobSpec, ids: tuple[int, ...]) -> JobSpec:
+    digest = describe(Path(spec.target_dir)).digest
+    return replace(spec, kind=JobKind.REFERENCE, token_ids=ids, target=digest, options={})
+
+
+def fresh(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
 
 
 def result_of(lines: list[dict[str, Any]]) -> JobResult:
@@ -96,7 +107,7 @@ def test_reference_is_what_transformers_computes(
     spec: JobSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ids = tuple(prompts(1, VOCAB, 20, seed=5)[0])
-    status, lines = run(replace(spec, kind=JobKind.REFERENCE, token_ids=ids), tmp_path, capsys)
+    status, lines = run(reference_job(spec, ids), tmp_path, capsys)
     assert status == 0
     tensors = load_file(Path(result_of(lines).staged))
     assert Path(result_of(lines).staged).name == FILE
@@ -104,8 +115,28 @@ def test_reference_is_what_transformers_computes(
     model = AutoModelForCausalLM.from_pretrained(spec.target_dir, dtype=torch.float32).eval()
     with torch.inference_mode():
         hidden = model.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
-    for at, k in enumerate((2, 4, 5, 8)):
-        torch.testing.assert_close(tensors["states"][:, at], hidden[k][0], rtol=1e-4, atol=1e-4)
+    assert tensors["states"].shape[1] == 8 + 2
+    for k in range(8):
+        torch.testing.assert_close(tensors["states"][:, k], hidden[k][0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tensors["states"][:, 9], hidden[8][0], rtol=1e-4, atol=1e-4)
+    unnormed = reference.read(Path(result_of(lines).staged)).states[:, 8]
+    torch.testing.assert_close(model.model.norm(torch.from_numpy(unnormed.copy())), hidden[8][0], rtol=1e-4, atol=1e-4)
+
+
+def test_sequences_of_one_job_do_not_see_each_other(
+    spec: JobSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (tuple(prompts(1, VOCAB, length, seed=length)[0]) for length in (6, 11))
+    job = replace(reference_job(spec, first + second), options={"lengths": [6, 11], "threads": 1})
+    _, lines = run(job, fresh(tmp_path / "both"), capsys)
+    both = reference.read(Path(result_of(lines).staged))
+    assert both.sequences == (first, second)
+    assert both.target == job.target
+    _, lines = run(replace(job, token_ids=second, options={}), fresh(tmp_path / "alone"), capsys)
+    alone = reference.read(Path(result_of(lines).staged))
+    np.testing.assert_allclose(both.states[6:], alone.states, rtol=1e-5, atol=1e-5)
+    assert "add up" in refused(replace(job, options={"lengths": [6, 12]}), tmp_path, capsys)
+    assert "the job is about" in refused(replace(job, target="0" * 64), tmp_path, capsys)
 
 
 def test_reference_with_llama3_rope(spec: JobSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,12 +154,12 @@ def test_reference_with_llama3_rope(spec: JobSpec, tmp_path: Path, capsys: pytes
     }
     (target / "config.json").write_text(json.dumps(config))
     ids = tuple(prompts(1, VOCAB, 20, seed=5)[0])
-    job = replace(spec, kind=JobKind.REFERENCE, token_ids=ids, target_dir=str(target))
+    job = replace(spec, kind=JobKind.REFERENCE, token_ids=ids, target_dir=str(target), target=describe(target).digest)
     _, lines = run(job, tmp_path, capsys)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     with torch.inference_mode():
         last = model.model(torch.tensor([ids])).last_hidden_state[0]
-    torch.testing.assert_close(load_file(result_of(lines).staged)["states"][:, 3], last, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(load_file(result_of(lines).staged)["states"][:, -1], last, rtol=1e-4, atol=1e-4)
 
 
 def test_errors_are_one_line(spec: JobSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +170,7 @@ def test_errors_are_one_line(spec: JobSpec, tmp_path: Path, capsys: pytest.Captu
     assert "no such file" in refused(replace(spec, shards=(str(tmp_path / "none"),)), tmp_path, capsys)
     assert "nothing" in refused(replace(spec, shards=()), tmp_path, capsys).replace("no generated token", "nothing")
     assert "unknown field 'kinds'" in refused(to_plain(spec) | {"kinds": 1}, tmp_path, capsys)
-    assert "token_ids" in refused(replace(spec, kind=JobKind.REFERENCE, token_ids=(VOCAB,)), tmp_path, capsys)
+    assert "token_ids" in refused(reference_job(spec, (VOCAB,)), tmp_path, capsys)
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(shard.read_bytes()[:-5])
     assert "truncated" in refused(replace(spec, shards=(str(cut),)), tmp_path, capsys)

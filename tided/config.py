@@ -115,6 +115,22 @@ class CaptureConfig(_Section):
     credit_bytes: Bytes = 128 * 1024 * 1024
 
 
+class SelfTestConfig(_Section):
+    """What is asked of an engine before its samples may train and its draft may be swapped.
+
+    `probe`: send short fixed prompts to engines that tell their URL. `tolerance`: relative error of tapped states against
+    float32 reference states; a quantised target needs more.
+    """
+
+    enabled: bool = True
+    probe: bool = True
+    allow_unverified: bool = False
+    tolerance: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    reference_wait_s: Seconds = 120.0
+    probe_timeout_s: Seconds = 30.0
+    retry_s: Seconds = 300.0
+
+
 class SamplesConfig(_Section):
     """Bounds of what is kept on disk. `held_out_fraction` of the prompts is never trained on."""
 
@@ -203,6 +219,7 @@ class Config(_Section):
     target: Annotated[tuple[TargetConfig, ...], BeforeValidator(_listed), Field(min_length=1)] = (TargetConfig(),)
     engine: EngineConfig = EngineConfig()
     capture: CaptureConfig = CaptureConfig()
+    self_test: SelfTestConfig = SelfTestConfig()
     samples: SamplesConfig = SamplesConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     training: TrainingConfig = TrainingConfig()
@@ -261,6 +278,10 @@ class Config(_Section):
     @property
     def drafts_dir(self) -> Path:
         return self.daemon.state_dir / "drafts"
+
+    @property
+    def references_dir(self) -> Path:
+        return self.daemon.state_dir / "references"
 
 
 def load(path: Path) -> Config:

@@ -33,7 +33,7 @@ from tided.store.engines import EngineStore
 from tided.store.lease import LeaderLease
 from tided.wire.notify import notify, watchdog_interval_s
 
-LIVE_SECTIONS = frozenset({"speculation", "training", "gate", "deployment"})
+LIVE_SECTIONS = frozenset({"self_test", "speculation", "training", "gate", "deployment"})
 """What SIGHUP can change; anything else needs a restart."""
 STATUS_EVERY_S = 1.0
 
@@ -71,6 +71,7 @@ class Daemon:
                 inner.start_soon(_root, "collector", lambda: keep_collector(self._config_file))
             await inner.start(serve, plane, config)
             inner.start_soon(_root, "leadership", self._context.leadership.run)
+            inner.start_soon(_root, "self-test", self._controller.selftest.run)
             inner.start_soon(_root, "controller", self._controller.run)
             inner.start_soon(_root, "status", self._tell_systemd)
             _log.info("tided-started", pid=os.getpid(), socket=str(config.daemon.socket_path))

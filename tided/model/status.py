@@ -5,7 +5,7 @@ Rates and means are over the monitor's recent window; None where nothing was mea
 
 from dataclasses import dataclass
 
-from tided.model.records import Deployment, EngineInfo, Job, PolicySetting, WorkerInfo
+from tided.model.records import Deployment, EngineInfo, Job, PolicySetting, Verification, WorkerInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,7 @@ class EngineStatus:
     samples: SampleTotals
     deployment: Deployment | None = None  # the newest
     swaps: int = 0
+    verification: Verification | None = None  # None: the self-test is off, or has not begun
 
 
 @dataclass(frozen=True, slots=True)

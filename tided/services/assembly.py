@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tided.draft.tensors import to_bf16
+from tided.store.aside import Aside
 from tided.store.ledger import SEQ_WINDOW, Seen, StoredChunk, totals_of
 from tided.store.samples import Run, Source
 from tided.wire.samples import End, RequestRef, SampleHeader
@@ -74,9 +75,13 @@ class _Request:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to write, and what to acknowledge once that is durable. Nothing changes before `Assembly.written(plan)`."""
+    """What to write, and what to acknowledge once that is durable. Nothing changes before `Assembly.written(plan)`.
+
+    `aside`: runs for the self-test, which never train.
+    """
 
     runs: dict[Source, list[Run]]
+    aside: dict[Source, list[Run]]
     acknowledgements: dict[str, list[StoredChunk]]  # by incarnation
     keys: tuple[_Key, ...]
 
@@ -111,6 +116,7 @@ class Assembly:
         self._chunks: dict[tuple[str, int], Chunk] = {}
         self._entries: set[str] = set()
         self._bytes = 0
+        self.aside = Aside()
 
     @property
     def held_bytes(self) -> int:
@@ -198,17 +204,22 @@ class Assembly:
             rows = sum(self._requests[key].rows for key in ended)
             oldest_s = min((self._requests[key].ended_s or 0.0 for key in ended), default=now_s)
             now = rows >= limits.shard_rows or now_s - oldest_s >= limits.shard_age_s or overdue
-            chosen = ended + overdue if now else []
+            # A self-test waits for its probes.
+            chosen = (
+                ended + overdue if now else [key for key in ended if self._requests[key].ref.group in self.aside.groups]
+            )
         # Chunks that carry totals alone wait for nothing.
         bare = [chunk for chunk in self._chunks.values() if not chunk.waiting]
         return self._plan(chosen, bare) if chosen or bare else None
 
     def _plan(self, chosen: list[_Key], bare: list[Chunk]) -> Plan:
         runs: dict[Source, list[Run]] = {}
+        aside: dict[Source, list[Run]] = {}
         stored: dict[tuple[str, int], list[tuple[int, int]]] = {(chunk.incarnation, chunk.seq): [] for chunk in bare}
         for key in chosen:
             request = self._requests[key]
-            runs.setdefault(request.source, []).extend(_runs(request))
+            is_aside = key[0] in self.aside.incarnations or request.ref.group in self.aside.groups
+            (aside if is_aside else runs).setdefault(request.source, []).extend(_runs(request))
             for part in request.parts:
                 stored.setdefault((part.chunk.incarnation, part.chunk.seq), []).append((part.index, part.rows))
         acknowledgements: dict[str, list[StoredChunk]] = {}
@@ -217,8 +228,7 @@ class Assembly:
             acknowledgements.setdefault(incarnation, []).append(
                 StoredChunk(chunk.entry, chunk.seq, chunk.bytes, chunk.parts, tuple(parts), chunk.totals)
             )
-        written = {source: found for source, found in runs.items() if found}
-        return Plan(written, acknowledgements, tuple(chosen))
+        return Plan(_some(runs), _some(aside), acknowledgements, tuple(chosen))
 
     def written(self, plan: Plan) -> list[tuple[str, int]]:
         """The plan is durable: forget it. Gives the chunks (incarnation, seq) that are whole now."""
@@ -240,6 +250,10 @@ class Assembly:
 def _states(header: SampleHeader, payload: bytes) -> NDArray[np.uint16]:
     rows: NDArray[Any] = np.frombuffer(payload, _DTYPES[header.dtype])
     return to_bf16(rows).reshape(header.rows, header.states, header.hidden)
+
+
+def _some(runs: dict[Source, list[Run]]) -> dict[Source, list[Run]]:
+    return {source: found for source, found in runs.items() if found}
 
 
 def _runs(request: _Request) -> list[Run]:

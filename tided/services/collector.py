@@ -32,6 +32,7 @@ from tided.model.ids import check_name
 from tided.model.records import EngineInfo
 from tided.services.assembly import Assembly, Limits, Plan, SeenChunks
 from tided.store import ledger
+from tided.store.aside import read_aside
 from tided.store.client import closing, connect, connect_blocking, shown, translated
 from tided.store.ledger import StoredChunk
 from tided.store.samples import Commit, SampleStore
@@ -113,6 +114,7 @@ class EngineCollector:
                 if not str(exc).startswith("BUSYGROUP"):
                     raise
         await self._finish(redis)
+        self._assembly.aside = await read_aside(redis, self.engine)
         await self._take_pending(redis)
         self._started = True
 
@@ -121,7 +123,11 @@ class EngineCollector:
             if time.monotonic() >= self._upkeep_s:
                 await self._upkeep(redis)
             if not self._assembly.full:
-                for entry in await self._read(reader):
+                entries = await self._read(reader)
+                if entries:
+                    # Said before the rows could exist, so what is read after them is complete.
+                    self._assembly.aside = await read_aside(redis, self.engine)
+                for entry in entries:
                     await self._admit(redis, entry)
             await self._write_due(redis)
 
@@ -236,17 +242,18 @@ class EngineCollector:
         plan = self._assembly.due(time.monotonic(), everything=everything)
         if plan is None:
             return
-        if not plan.runs:
+        if not plan.runs and not plan.aside:
             await self._acknowledge(redis, plan.acknowledgements)
             self._forget(plan)
             return
         receipt = {"engine": self.engine, "acknowledge": to_plain(plan.acknowledgements)}
-        commit = await anyio.to_thread.run_sync(self._store.commit, plan.runs, receipt)
+        commit = await anyio.to_thread.run_sync(self._store.commit, plan.runs, receipt, plan.aside)
         self._unfinished.append(commit)
         self._forget(plan)
         failpoints.hit("collector.committed")
         await self._finish(redis)
-        self._log.debug("samples stored", rows=sum(run.rows for runs in plan.runs.values() for run in runs))
+        stored = sum(run.rows for runs in (*plan.runs.values(), *plan.aside.values()) for run in runs)
+        self._log.debug("samples stored", rows=stored)
 
     def _forget(self, plan: Plan) -> None:
         for incarnation, seq in self._assembly.written(plan):

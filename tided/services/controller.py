@@ -1,9 +1,10 @@
 """The control cycle: every `daemon.cycle_s`, hold what each engine reports against what is wanted, and close the gap.
 
 Level-triggered and idempotent: on an engine that has converged a cycle does nothing. It acts only while this tided leads, and stops
-in mid-cycle when the lease is lost: every write and command asks for the epoch first. First each engine by itself: deployment,
-version, schedule. Then each target with its engines that are in order: training, and capture as that wants it. An engine in doubt (a
-target that is not configured, a draft that nobody knows) is left as it is: no swap, no training, no capture, speculation as it was.
+in mid-cycle when the lease is lost: every write and command asks for the epoch first. First each engine by itself: self-test,
+deployment, version, schedule. Then each target with its engines that are in order: training, and capture as that wants it. An engine
+in doubt (a target that is not configured, a draft that nobody knows) is left as it is: no swap, no training, no capture, speculation
+as it was.
 """
 
 import tempfile
@@ -34,6 +35,7 @@ from tided.services.deployer import Deployer
 from tided.services.dispatcher import Dispatcher, TrainingView
 from tided.services.monitor import EngineView, Monitor
 from tided.services.pools import Heads, Member, Pool
+from tided.services.selftest import SelfTest
 from tided.services.speculator import Speculator, in_force
 
 REAP_EVERY_S = 2.0
@@ -53,6 +55,7 @@ class Controller:
         self.heads = Heads(context)
         self.dispatcher = Dispatcher(context, self.deployer, self.heads)
         self.speculator = Speculator(context.drafts)
+        self.selftest = SelfTest(context)
         self.problems: dict[str, str] = {}
         """By engine: why tided keeps its hands off, or what failed in its newest cycle."""
         self.warnings: dict[str, str] = {}
@@ -160,15 +163,20 @@ class Controller:
         if problem:
             await self._capture(view, False, done)
             return problem
-        deployment = await self.deployer.reconcile(view, now_ms)
-        deployment, problem = await self._onto_its_version(view, deployment, now_ms, done)
+        trust = await self.selftest.reconcile(view, now_ms, done)
+        if trust.probing:
+            return ""
+        deployment, problem = None, trust.problem
+        if trust.granted:
+            deployment = await self.deployer.reconcile(view, now_ms)
+            deployment, problem = await self._onto_its_version(view, deployment, now_ms, done)
         watching = deployment is not None and deployment.state is DeploymentState.WATCHING
         decision = await self.speculator.decide(view, setting, context.config.speculation, now_s, watching=watching)
         if decision.gammas != in_force(view.info) and Capability.SCHEDULE in view.info.capabilities:
             await view.backend.set_schedule(decision.gammas, context.leadership.require())
             done.append(f"{view.engine}: schedule {decision.gammas}")
         await self._announce_schedule(view, decision)
-        if problem:
+        if problem or not trust.granted:
             await self._capture(view, False, done)
             return problem
         sound.append(Member(view, deployment))
@@ -318,6 +326,7 @@ class Controller:
 
     def _forget(self, gone: set[str]) -> None:
         self.speculator.forget(gone)
+        self.selftest.forget(gone)
         for engine in gone:
             for known in (self.problems, self.warnings, self._schedules):
                 known.pop(engine, None)

@@ -254,7 +254,7 @@ class ControlPlane:
         return fitting
 
     async def _begin(self, view: EngineView, draft: Draft, reason: str) -> Deployment:
-        problem = self._controller.mismatch(view)
+        problem = self._controller.mismatch(view) or self._controller.selftest.refusal(view.info)
         if problem:
             raise Refused(problem)
         async with self._controller.lock(view.engine):
@@ -278,6 +278,7 @@ class ControlPlane:
             samples=await read_ledger(context.redis, view.engine),
             deployment=deployment,
             swaps=(await context.state.get(Tally, TALLY, view.engine) or Tally()).swaps,
+            verification=await controller.selftest.current(view.info),
         )
 
     async def _name_of(self, version: str) -> str:
@@ -313,7 +314,7 @@ class ControlPlane:
             state = "deploying" if under_way else "training"
         if not settings.enabled:
             state = "off"
-        problem = self._controller.problems.get(view.engine, "")
+        problem = self._controller.problems.get(view.engine, "") or self._controller.selftest.refusal(view.info)
         if problem:
             state, reason = "off", problem
         return TrainingStatus(

@@ -24,7 +24,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from tided.draft.tensors import read_header, write_file
+from tided.draft.tensors import read_header, read_tensor_entry, write_file
 from tided.model import failpoints
 from tided.model.codec import from_plain, to_plain
 from tided.model.errors import Conflict, Refused, Unavailable
@@ -40,6 +40,7 @@ HELD_OUT_SHARE = 0.25
 class Split(StrEnum):
     TRAIN = "train"
     HELD_OUT = "held-out"
+    ASIDE = "aside"  # for the self-test of an engine: never trained on, never judged by
 
 
 class Reason(StrEnum):
@@ -49,6 +50,7 @@ class Reason(StrEnum):
     EXPIRED = "expired"
     PURGED = "purged"
     OVER_BUDGET = "over_budget"
+    TESTED = "tested"  # were for the self-test
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,10 @@ class Discarded:
 
 @dataclass(frozen=True, slots=True)
 class StoreLedger:
-    """Rows on disk and rows gone: stored = trained + expired + purged + over_budget + held_out + waiting, always."""
+    """Rows on disk and rows gone: stored = trained + expired + purged + over_budget + tested + held_out + waiting, always.
+
+    `tested`: set aside for the self-test, whether they are still on disk or not.
+    """
 
     stored: int
     trained: int
@@ -113,6 +118,7 @@ class StoreLedger:
     over_budget: int
     held_out: int
     waiting: int
+    tested: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,17 +175,27 @@ class SampleStore:
         """On which side of the split a prompt is, for ever."""
         return Split.HELD_OUT if is_held_out(group, self._held_out_fraction) else Split.TRAIN
 
-    def commit(self, batch: Mapping[Source, Sequence[Run]], receipt: Any) -> Commit:
-        """Make `batch` durable together with `receipt` (plain data), all or nothing. `publish` makes it visible."""
+    def commit(
+        self,
+        batch: Mapping[Source, Sequence[Run]],
+        receipt: Any,
+        aside: Mapping[Source, Sequence[Run]] | None = None,
+    ) -> Commit:
+        """Make `batch` durable together with `receipt` (plain data), all or nothing. `publish` makes it visible.
+
+        Runs in `aside` go to `Split.ASIDE`, whatever their prompt.
+        """
         name = new_id("commit")
         temporary, final = self._staging / f"tmp-{name}", self._staging / name
         try:
             temporary.mkdir(mode=0o700)
             for source, runs in batch.items():
-                for split in Split:
+                for split in (Split.TRAIN, Split.HELD_OUT):
                     chosen = [run for run in runs if self.split_of(run.group) is split]
                     if chosen:
                         _write_shard(temporary / f"{split}.{new_id('s')}.safetensors", source, chosen)
+            for source, runs in (aside or {}).items():
+                _write_shard(temporary / f"{Split.ASIDE}.{new_id('s')}.safetensors", source, runs)
             for path in temporary.iterdir():
                 path.chmod(0o600)
             _write_durably(temporary / "receipt.json", json.dumps(receipt).encode())
@@ -244,6 +260,7 @@ class SampleStore:
         """Where all rows that were ever stored are."""
         with self._journal() as journal:
             counts = {reason.value: journal.rows.get(reason, 0) for reason in Reason}
+        counts[Reason.TESTED] += self.rows(Split.ASIDE)
         held_out, waiting = self.rows(Split.HELD_OUT), self.rows(Split.TRAIN)
         return StoreLedger(sum(counts.values()) + held_out + waiting, **counts, held_out=held_out, waiting=waiting)
 
@@ -253,6 +270,15 @@ class SampleStore:
         """Delete shards that were trained on. Those that are gone already are passed over."""
         wanted = {Path(path).name for path in paths}
         return self._discard(Reason.TRAINED, (shard for shard in self.shards(Split.TRAIN) if shard.path.name in wanted))
+
+    def drop_aside(self, engine: str) -> Discarded:
+        """Delete what was set aside for the engine's self-test."""
+        return self._discard(Reason.TESTED, self.shards(Split.ASIDE, engine=engine))
+
+    def reject(self, engine: str, since_ms: int) -> Discarded:
+        """Delete all of an engine since a time (this host's clock): its self-test has found that it is wrong."""
+        shards = (shard for split in Split for shard in self.shards(split, engine=engine))
+        return self._discard(Reason.TESTED, (shard for shard in shards if shard.created_ms >= since_ms))
 
     def purge(self, engine: str | None = None) -> Discarded:
         """Delete everything that was captured, of one engine or of all, held-out shards included."""
@@ -331,6 +357,28 @@ class SampleStore:
                     log.warning("shard set aside", path=str(path.with_suffix(".bad")), error=str(exc))
                 return None
         return shard if path.exists() else None
+
+
+def read_runs(path: Path) -> list[Run]:
+    """The runs of a shard, mapped. Raises `Refused` for a file that is none, also when it was deleted meanwhile."""
+    header = read_header(path)
+    table: dict[str, NDArray[Any]] = {
+        name: np.asarray(read_tensor_entry(path, header.entries[name]))
+        for name in ("states", "ids", "run_rows", "run_ids", "first_position", "prompt_tokens", "groups")
+    }
+    requests = json.loads(header.metadata["requests"])
+    rows, ids = (np.concatenate(([0], np.cumsum(table[name]))) for name in ("run_rows", "run_ids"))
+    return [
+        Run(
+            request=request,
+            group=table["groups"][i].tobytes(),
+            prompt_tokens=int(table["prompt_tokens"][i]),
+            first_position=int(table["first_position"][i]),
+            ids=table["ids"][ids[i] : ids[i + 1]],
+            states=(table["states"][rows[i] : rows[i + 1]],),
+        )
+        for i, request in enumerate(requests)
+    ]
 
 
 def _describe(path: Path, split: Split) -> Shard:

@@ -16,7 +16,7 @@ from tided.model.codec import from_plain
 from tided.model.errors import Refused, TideError, Unavailable
 from tided.model.records import JobKind, JobResult, JobSpec
 from tided.training.progress import Reporter, write_line, write_result
-from tided.training.reference import write_reference
+from tided.training.reference import make_reference
 from tided.training.trainer import score, train
 
 EXIT_REFUSED = 3
@@ -56,7 +56,7 @@ def run(spec: JobSpec, out_dir: Path, reporter: Reporter) -> JobResult:
         return train(spec, out_dir, reporter.update)
     if spec.kind is JobKind.SCORE:
         return score(spec, reporter.update)
-    return JobResult(staged=str(write_reference(Path(spec.target_dir), spec.token_ids, out_dir)))
+    return make_reference(spec, out_dir, reporter.update)
 
 
 def _exit_with_stdin() -> None:

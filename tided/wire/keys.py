@@ -62,6 +62,11 @@ def seen_pattern(engine: str) -> str:
     return _engine(engine, "seen:*")
 
 
+def aside(engine: str) -> str:
+    """Hash of what the collector sets aside for the self-test: `i:INCARNATION` and `g:GROUP`. Written by the leader; has a TTL."""
+    return _engine(engine, "aside")
+
+
 def info(engine: str) -> str:
     """The engine's heartbeat record, under a TTL."""
     return _engine(engine, "info")
