@@ -4,7 +4,9 @@ import logging
 import subprocess
 import sys
 import threading
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -163,6 +165,57 @@ def test_a_fault_costs_its_rows_only_and_is_logged_once(
     record(tap, ("a", 6, 2))
     totals = tap.totals()
     assert (totals.shed, totals.ring, totals.tapped) == (totals.tapped - 2, 2, totals.shed + 2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_numpy_arrays_and_bytes_give_the_rows_that_tensors_give(dtype: str) -> None:
+    plain = TapSettings("e1", "i-1", "ab" * 32, states=STATES, hidden=HIDDEN, dtype=dtype, ring_slots=2)
+    ids = [i % 251 for i in range(plain.slot_rows + 9)]
+    tensor = states_of(ids).to(getattr(torch, dtype)).contiguous()
+    array: Any = tensor.view(torch.int16).numpy().view("<u2") if dtype == "bfloat16" else tensor.numpy()
+    payloads: list[bytes] = []
+    for rows in (tensor, array, array.tobytes(), memoryview(array), bytearray(array.tobytes())):
+        tap = Tap(plain)
+        tap.set_capture(True, 1 << 20)
+        tap.begin("a", [1], False)
+        tap.record([("a", 0, 3), ("other", 0, 4), ("a", 3, len(ids) - 7)], ids, rows)
+        tap.flush()
+        assert tap.errors == 0
+        payloads.append(b"".join(bytes(taken(tap).payload(plain.row_bytes)) for _ in range(2)))
+    want = array[[i for i in range(len(ids)) if not 3 <= i < 7]].tobytes()
+    assert payloads == [want] * 5
+
+
+WRONG_BUFFERS: dict[str, Any] = {
+    "dtype": np.zeros((3, STATES, HIDDEN), "<f2"),
+    "flat": np.zeros((3, STATES * HIDDEN), "<u2"),
+    "transposed": np.zeros((3, HIDDEN, STATES), "<u2"),
+    "big-endian": np.zeros((3, STATES, HIDDEN), ">u2"),
+    "strided": np.zeros((6, STATES, HIDDEN), "<u2")[::2],
+    "short": np.zeros((2, STATES, HIDDEN), "<u2"),
+    "bytes": bytes(3 * ROW_BYTES - 1),
+    "list": [[0.0]],
+    "text": "text",
+}
+
+
+@pytest.mark.parametrize("name", sorted(WRONG_BUFFERS))
+def test_a_buffer_that_is_not_what_the_tap_holds_costs_its_rows_only(name: str) -> None:
+    tap = capturing()
+    tap.begin("a", [1], False)
+    tap.record([("a", 0, 3)], [1, 2, 3], WRONG_BUFFERS[name])
+    assert tap.errors == 1
+    assert tap.totals() == TapTotals(tapped=3, shed=3)
+
+
+def test_a_tap_without_torch_takes_rows() -> None:
+    code = (
+        "import sys; from tided.engine.tap import Tap, TapSettings\n"
+        f"tap = Tap(TapSettings('e1', 'i-1', {'ab' * 32!r}, 3, 8)); tap.set_capture(True, 1 << 20)\n"
+        "tap.begin('a', [1], False); tap.record([('a', 0, 2)], [1, 2], bytes(2 * 48)); assert tap.totals().ring == 2\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_request_id_that_the_wire_refuses_is_not_tapped() -> None:

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from tided.draft.identity import CONFIG_FILE, WEIGHTS_FILE
+from tided.draft.identity import version_of as version_of
 from tided.draft.target import TargetShape
 from tided.draft.tensors import DTYPES, Array, Header, bf16_is_finite, parse_header, view_tensor, write_file
 from tided.model.errors import Refused, Unavailable
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 _MAX_CONFIG_BYTES = 64 << 10
 _MAX_HEADER_BYTES = 64 << 10
@@ -108,22 +108,6 @@ def load(directory: Path, target: TargetShape | None = None) -> Checkpoint:
 def verify(directory: Path, target: TargetShape | None = None) -> str:
     """Check a checkpoint whole and return its version. Raises `Refused` with the first thing that is wrong."""
     return load(directory, target).version
-
-
-def version_of(directory: Path) -> str:
-    """SHA-256 over config.json (after its length, 8 bytes little-endian) and model.safetensors; nothing else is checked."""
-    config_bytes = _read(directory / CONFIG_FILE, _MAX_CONFIG_BYTES)
-    digest = hashlib.sha256(len(config_bytes).to_bytes(8, "little") + config_bytes)
-    path = directory / WEIGHTS_FILE
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except FileNotFoundError as exc:
-        raise Refused(f"{path}: no such file") from exc
-    except OSError as exc:
-        raise Unavailable(f"{path}: cannot be read ({exc.strerror})") from exc
-    return digest.hexdigest()
 
 
 def vocab_id_of(directory: Path) -> str:

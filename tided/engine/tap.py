@@ -4,7 +4,8 @@ The engine calls `begin`, `record` and `end`; one call of `record` is one copy (
 talks to the network or raises into the engine: when no slot is free the rows are shed and counted, and any failure of the tap
 itself is counted, logged once and costs its rows only. A publisher thread takes full slots, or slots that are `flush_s` old.
 
-Used as it is by the embedded engine and by the plugins for vLLM and SGLang. torch is imported only when a tap is made.
+Used as it is by the embedded engine, by the plugins for vLLM and SGLang and by tided.client. Rows are a torch tensor, or anything with
+the buffer protocol (a numpy array, bytes): torch is imported only by whoever hands in tensors, numpy never.
 """
 
 import logging
@@ -15,7 +16,7 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from tided.model.ids import check_digest, check_name, prompt_group
 from tided.model.records import TapTotals
@@ -23,6 +24,10 @@ from tided.wire.samples import CHUNK_BYTES, ITEM_BYTES, End, RequestRef, Segment
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
+    from typing_extensions import Buffer
+
+    HostRows = Buffer | NDArray[Any]  # numpy declares itself a Buffer to type checkers from Python 3.12 on only
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +38,8 @@ MAX_REQUESTS = 256
 MAX_SPAN = 128
 MAX_TAIL = 16
 MAX_REQUEST_ID = 256
+_FORMATS = {"bfloat16": "H", "float16": "e", "float32": "f"}
+"""How the buffer protocol names the items; bfloat16, which it does not know, travels as its bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +72,12 @@ class TapSettings:
 class Slot:
     """One chunk being filled, or on its way out. Its buffers are allocated, and their pages touched, once."""
 
-    __slots__ = ("_index", "_memory", "ends", "ids", "opened_s", "requests", "rows", "segments", "states")
+    __slots__ = ("_index", "_memory", "_settings", "_tensor", "ends", "ids", "opened_s", "requests", "rows", "segments")
 
     def __init__(self, settings: TapSettings) -> None:
-        import torch
-
-        shape = (settings.slot_rows, settings.states, settings.hidden)
-        self._memory = bytearray(settings.slot_rows * settings.row_bytes)
-        self.states = torch.frombuffer(self._memory, dtype=getattr(torch, settings.dtype)).view(shape)
-        self.states.fill_(0)
+        self._settings = settings
+        self._memory = memoryview(bytearray(b"\0") * (settings.slot_rows * settings.row_bytes))
+        self._tensor: torch.Tensor | None = None
         self.ids = array("i", bytes(4 * settings.slot_rows))
         self.clear()
 
@@ -87,7 +91,25 @@ class Slot:
 
     def payload(self, row_bytes: int) -> memoryview:
         """The filled rows' bytes, not copied: valid until the slot is given back."""
-        return memoryview(self._memory)[: self.rows * row_bytes]
+        return self._memory[: self.rows * row_bytes]
+
+    def copy(self, at: int, rows: "torch.Tensor | memoryview", first: int, count: int) -> None:
+        """Put `count` of `rows`, from `first` on, into rows `at`.. of the slot: a tensor, or the rows' bytes one after the other."""
+        if isinstance(rows, memoryview):
+            size = self._settings.row_bytes
+            self._memory[at * size : (at + count) * size] = rows[first * size : (first + count) * size]
+        else:
+            self._states()[at : at + count].copy_(rows[first : first + count])
+
+    def _states(self) -> "torch.Tensor":
+        """The slot's memory as a tensor, made when the first tensor arrives."""
+        if self._tensor is None:
+            import torch
+
+            settings = self._settings
+            flat = torch.frombuffer(self._memory, dtype=getattr(torch, settings.dtype))
+            self._tensor = flat.view(settings.slot_rows, settings.states, settings.hidden)
+        return self._tensor
 
     def reference(self, ref: RequestRef) -> int:
         """The index of `ref` in this chunk, added when it is new."""
@@ -171,21 +193,28 @@ class Tap:
         except Exception as exc:  # noqa: BLE001 - the tap must never fail a request
             self._failed("begin", exc)
 
-    def record(self, segments: Sequence[tuple[str, int, int]], ids: Sequence[int], rows: "torch.Tensor") -> None:
+    def record(
+        self, segments: Sequence[tuple[str, int, int]], ids: Sequence[int], rows: "torch.Tensor | HostRows"
+    ) -> None:
         """Take one step's rows: `rows` [N, states, hidden], `ids` their N token ids, `segments` (request, first position,
-        rows) in the order of the rows. Rows of requests that are not tapped are passed over; opted-out ones are counted."""
+        rows) in the order of the rows. Rows of requests that are not tapped are passed over; opted-out ones are counted.
+
+        A tensor is converted to the tap's dtype. A buffer must hold it already, little-endian and contiguous: a numpy array of that
+        shape and dtype (bfloat16: its bits as uint16), or the bytes alone.
+        """
         if not self._requests:
             return
         pieces: list[_Piece] = []
         before = self._tapped
         try:
             pieces, skipped, total = self._wanted(segments)
-            if total != len(ids) or rows.shape != (total, self.settings.states, self.settings.hidden):
-                raise ValueError(f"{total} rows in segments, {len(ids)} ids, states {tuple(rows.shape)}")
+            if total != len(ids):
+                raise ValueError(f"{total} rows in segments, {len(ids)} ids")
+            source = _source(rows, total, self.settings)
             with self._changed:
                 self._skipped += skipped
                 for span in _spans(pieces):
-                    self._copy(span, ids, rows)
+                    self._copy(span, ids, source)
         except Exception as exc:  # noqa: BLE001 - the tap must never fail a request
             self._failed("record", exc)
             with self._changed:
@@ -230,7 +259,7 @@ class Tap:
             start += count
         return pieces, skipped, start
 
-    def _copy(self, span: list[_Piece], ids: Sequence[int], rows: "torch.Tensor") -> None:
+    def _copy(self, span: list[_Piece], ids: Sequence[int], rows: "torch.Tensor | memoryview") -> None:
         """Copy one contiguous range of rows, over as many slots as it takes; shed what finds none."""
         start, done = span[0].start, 0
         count = sum(piece.rows for piece in span)
@@ -242,7 +271,7 @@ class Tap:
                 return
             take = min(count - done, self._capacity - slot.rows)
             begin, at = start + done, slot.rows
-            slot.states[at : at + take].copy_(rows[begin : begin + take])
+            slot.copy(at, rows, begin, take)
             slot.ids[at : at + take] = array("i", ids[begin : begin + take])
             for piece in span:
                 first, last = max(piece.start, begin), min(piece.start + piece.rows, begin + take)
@@ -313,6 +342,23 @@ class Tap:
                 self._shed += slot.rows
             slot.clear()
             self._free.append(slot)
+
+
+def _source(rows: "torch.Tensor | HostRows", count: int, settings: TapSettings) -> "torch.Tensor | memoryview":
+    """`rows` as a tensor or as flat bytes. Raises ValueError or TypeError unless they are `count` rows of the tap's shape and dtype."""
+    shape = (count, settings.states, settings.hidden)
+    if hasattr(rows, "data_ptr"):
+        tensor = cast("torch.Tensor", rows)
+        if tensor.shape != shape:
+            raise ValueError(f"states {tuple(tensor.shape)}, expected {shape}")
+        return tensor
+    view = memoryview(cast("Buffer", rows))
+    if view.nbytes != count * settings.row_bytes or not view.c_contiguous:
+        raise ValueError(f"{view.nbytes} bytes of states, expected {count * settings.row_bytes}, contiguous")
+    plain = view.format in ("B", "c") and view.ndim == 1
+    if not plain and (view.shape != shape or view.format.lstrip("<") != _FORMATS[settings.dtype]):
+        raise ValueError(f"states {view.shape} of format {view.format!r}, expected {shape} of {settings.dtype}")
+    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 def _spans(pieces: list[_Piece]) -> list[list[_Piece]]:
