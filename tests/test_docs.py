@@ -185,10 +185,14 @@ def test_the_events_table_is_complete() -> None:
 
 
 def test_the_configuration_in_the_guide_is_valid(tmp_path: Path) -> None:
-    (text,) = blocks(OPERATIONS, "toml")
+    texts = blocks(OPERATIONS, "toml")
     file = tmp_path / "config.toml"
-    file.write_text(text)
-    config = load(file)
+    configs: list[Config] = []
+    for text in texts:
+        file.write_text(text)
+        configs.append(load(file))
+    assert [target.lineage for target in configs[1].target] == ["chat", "code"]
+    config = configs[0]
     assert config.daemon.socket_path == Path("/run/tided/tided.sock")
     assert config.daemon.start_collector is False
 

@@ -1,0 +1,1 @@
+"""A backend and a policy for tided, as an example."""

@@ -1,0 +1,395 @@
+"""Several engines and targets under one tided, on a real Valkey: what engines of one target share, and what each keeps."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Valkey
+from tests.control import Control, leading, settings, store_draft, store_samples, variant
+from tests.engine_double import EngineDouble, describe_double, running_double
+from tests.support import eventually
+from tests.test_services_controller import evaluation
+from tests.tiny import make_draft, make_target
+from tided.config import TargetConfig
+from tided.draft import checkpoint
+from tided.machine.collection import Phase
+from tided.model.errors import Refused
+from tided.model.records import Capability, Deployment, DeploymentState, JobKind, JobResult, Recipe
+from tided.model.status import EngineStatus
+from tided.store.jobs import Claim
+
+pytestmark = pytest.mark.real
+
+
+@dataclass(frozen=True)
+class Models:
+    """Two targets and version 0 of each."""
+
+    first: Path
+    second: Path
+    drafts: dict[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    root = tmp_path_factory.mktemp("models")
+    first, second = make_target(root / "first"), make_target(root / "second", seed=1)
+    drafts = {target: make_draft(target, root / f"{target.name}-0", draft_vocab=64) for target in (first, second)}
+    return Models(first, second, drafts)
+
+
+@dataclass
+class Scene:
+    control: Control
+    models: Models
+    valkey: Valkey
+    root: Path
+    stack: AsyncExitStack
+    engines: dict[str, EngineDouble] = field(default_factory=dict[str, EngineDouble])
+
+    async def connect(self, name: str, target: Path, draft: Path | None = None, **changes: object) -> EngineDouble:
+        info = replace(describe_double(target, draft or self.models.drafts[target], name), **changes)  # pyright: ignore[reportArgumentType]
+        engine = self.engines[name] = await self.stack.enter_async_context(running_double(self.valkey, info))
+
+        async def seen() -> bool:
+            return name in {info.engine for info in await self.control.context.engines.list()}
+
+        await eventually(seen)
+        return engine
+
+    async def converge(self) -> None:
+        async def nothing() -> bool:
+            return await self.control.cycle() == []
+
+        await eventually(nothing)
+
+    def samples(self, engine: str, target: Path, created_ms: int, train: int = 20, held_out: int = 10) -> None:
+        store_samples(self.control.context.config, target, engine, train, held_out, created_ms)
+
+    async def claimed(self) -> Claim:
+        async def claim() -> Claim | None:
+            await self.control.cycle()
+            return await self.control.context.jobs.claim("w", [JobKind.TRAIN])
+
+        return await eventually(claim)
+
+    async def finish(self, claim: Claim, *, gain: float = 0.5, seed: int = 1) -> str:
+        """A draft that is better by `gain`; its version."""
+        spec = claim.job.spec
+        first = next(draft for target, draft in self.models.drafts.items() if str(target) == spec.target_dir)
+        staged = variant(first, self.root / f"staged-{seed}", seed)
+        version = checkpoint.version_of(staged)
+        old, new = evaluation(spec.draft, 1.5, 8), evaluation(version, 1.5 + gain, 8)
+        await self.control.context.jobs.finish(claim, JobResult(str(staged), version, old, new, 1000, 1.0))
+        return version
+
+    async def serves(self, engine: str, version: str) -> None:
+        async def served() -> bool:
+            await self.control.cycle()
+            return self.engines[engine].info.version == version
+
+        await eventually(served)
+
+    async def deployment(self, engine: str) -> Deployment | None:
+        return await self.control.controller.deployer.current(engine)
+
+    async def reaches(self, engine: str, state: DeploymentState) -> None:
+        async def reached() -> bool:
+            await self.control.cycle()
+            found = await self.deployment(engine)
+            return found is not None and found.state is state
+
+        await eventually(reached)
+
+    async def watched(self, engine: str, alpha: float = 0.6) -> None:
+        """Once it is watched, traffic that ends the watch."""
+        await self.reaches(engine, DeploymentState.WATCHING)
+        await self.engines[engine].report(alpha=alpha, requests=6)
+
+    async def status(self, engine: str) -> EngineStatus:
+        found = {status.info.engine: status for status in await self.control.plane.engines()}
+        return found[engine]
+
+    async def trained(self) -> str:
+        """A better draft for the engines a and b: live on its canary, then on the other. Its version."""
+        await self.converge()
+        self.samples("a", self.models.first, 1_000)
+        version = await self.finish(await self.claimed())
+        canary = await self.canary(version)
+        for engine in sorted(self.engines, key=lambda engine: engine != canary):
+            await self.serves(engine, version)
+            await self.watched(engine)
+            await self.reaches(engine, DeploymentState.LIVE)
+        await self.converge()
+        return version
+
+    async def canary(self, version: str) -> str:
+        async def first() -> str:
+            await self.control.cycle()
+            return next((name for name, engine in self.engines.items() if engine.info.version == version), "")
+
+        return await eventually(first)
+
+
+@pytest.fixture
+async def scene(valkey: Valkey, tmp_path: Path, models: Models) -> AsyncIterator[Scene]:
+    config = settings(tmp_path, models.first).model_copy(
+        update={
+            "target": (
+                TargetConfig(path=models.first),
+                TargetConfig(path=models.second, name="other", training={"min_rows": 400}),
+            )
+        }
+    )
+    async with AsyncExitStack() as stack:
+        control = await stack.enter_async_context(leading(valkey, config))
+        yield Scene(control, models, valkey, tmp_path, stack)
+
+
+async def test_each_target_has_its_own_lineage_samples_and_training(scene: Scene) -> None:
+    for name, target in (("a", scene.models.first), ("b", scene.models.first), ("c", scene.models.second)):
+        await scene.connect(name, target)
+    await scene.converge()
+    assert [(await scene.status(name)).draft for name in "abc"] == ["first@0", "first@0", "other@0"]
+    scene.samples("a", scene.models.first, 1_000, train=12, held_out=6)
+    scene.samples("b", scene.models.first, 2_000, train=12, held_out=6)
+    scene.samples("c", scene.models.second, 3_000, train=12, held_out=6)
+    claim = await scene.claimed()
+    spec = claim.job.spec
+    assert (spec.engine, spec.lineage, spec.target_dir) == ("a,b", "first", str(scene.models.first))
+    assert sorted(Path(path).name for path in spec.shards) == [f"train-{ms:013d}.safetensors" for ms in (1_000, 2_000)]
+    assert len(spec.held_out) == 2
+    # One decision for both, and none for the other, which asks for more rows.
+    for _ in range(3):
+        await scene.control.cycle()
+    assert await scene.control.context.jobs.claim("w", [JobKind.TRAIN]) is None
+    status = await scene.status("c")
+    assert (status.training.state, status.training.rows, status.training.rows_needed) == ("collecting", 300, 400)
+    assert {(await scene.status(name)).training.job for name in "ab"} == {claim.job.id}
+
+
+async def test_two_targets_train_side_by_side(scene: Scene) -> None:
+    await scene.connect("a", scene.models.first)
+    await scene.connect("c", scene.models.second)
+    await scene.converge()
+    scene.samples("a", scene.models.first, 1_000)
+    scene.samples("c", scene.models.second, 2_000)
+    claims = [await scene.claimed(), await scene.claimed()]
+    assert {claim.job.spec.lineage for claim in claims} == {"first", "other"}
+    versions = {
+        claim.job.spec.lineage: await scene.finish(claim, seed=seed) for seed, claim in enumerate(claims, start=1)
+    }
+    await scene.serves("a", versions["first"])
+    await scene.serves("c", versions["other"])
+    for name in "ac":
+        await scene.watched(name)
+        await scene.reaches(name, DeploymentState.LIVE)
+    assert [(await scene.status(name)).draft for name in "ac"] == ["first@1", "other@1"]
+
+
+async def test_a_draft_is_proved_on_one_engine_before_the_others_get_it(scene: Scene) -> None:
+    a, b = await scene.connect("a", scene.models.first), await scene.connect("b", scene.models.first)
+    await scene.converge()
+    before = a.info.version
+    await b.report(alpha=0.3, requests=4)  # b is the busier one
+    scene.samples("a", scene.models.first, 1_000)
+    version = await scene.finish(await scene.claimed())
+    await scene.serves("b", version)
+    for _ in range(5):
+        await scene.control.cycle()
+    assert a.info.version == before
+    await scene.watched("b")
+    await scene.reaches("b", DeploymentState.LIVE)
+    await scene.serves("a", version)
+    shared = await scene.deployment("a")
+    assert shared is not None
+    assert shared.reason == "shared"
+    await scene.watched("a")
+    await scene.reaches("a", DeploymentState.LIVE)
+    assert [len(await scene.control.events(kind)) for kind in ("training-ended", "gate-decided", "draft-live")] == [
+        1,
+        1,
+        2,
+    ]
+    await scene.converge()
+    assert [engine.kinds().count("Swap") for engine in (a, b)] == [1, 1]
+
+
+async def test_engines_keep_their_own_schedule(scene: Scene) -> None:
+    a = await scene.connect("a", scene.models.first)
+    b = await scene.connect("b", scene.models.first, gamma_max=2, max_batch=2)
+    await scene.trained()
+    await scene.converge()
+    assert 0 < a.info.gammas[0] <= 4
+    assert 0 < b.info.gammas[0] <= 2
+    assert (len(a.info.gammas), len(b.info.gammas)) == (4, 2)
+
+
+async def test_a_version_that_serves_worse_anywhere_is_taken_back_everywhere(scene: Scene) -> None:
+    a, b = await scene.connect("a", scene.models.first), await scene.connect("b", scene.models.first)
+    await scene.converge()
+    before = a.info.version
+    for _ in range(3):
+        await b.report(alpha=0.8, requests=4)
+    await scene.control.cycle()
+    await a.report(alpha=0.1, requests=40)  # the busier one
+    scene.samples("a", scene.models.first, 1_000)
+    version = await scene.finish(await scene.claimed())
+    await scene.serves("a", version)
+    await scene.watched("a")
+    await scene.serves("b", version)
+    await scene.watched("b", alpha=0.1)
+    await scene.reaches("b", DeploymentState.ROLLED_BACK)
+    await scene.serves("a", before)
+    assert b.info.version == before
+    deployment = await scene.deployment("a")
+    assert deployment is not None
+    assert (deployment.reason, deployment.version, deployment.baseline_length) == ("rollback", before, 0.0)
+    assert (await scene.control.plane.draft(version)).quarantined
+    await scene.watched("a", alpha=0.01)  # worse than the version that it comes from: it stays all the same
+    await scene.reaches("a", DeploymentState.LIVE)
+    await scene.converge()
+    assert {a.info.version, b.info.version} == {before}
+    assert not (await scene.control.plane.draft(before)).quarantined
+
+
+async def test_an_operator_s_rollback_of_one_holds_for_all(scene: Scene) -> None:
+    a, b = await scene.connect("a", scene.models.first), await scene.connect("b", scene.models.first)
+    await scene.converge()
+    before = a.info.version
+    version = await scene.trained()
+    await scene.control.plane.rollback("a", "uid:1")
+    await scene.serves("a", before)
+    await scene.serves("b", before)
+    assert (await scene.control.plane.draft(version)).quarantined
+    assert b.info.version == before
+
+
+async def test_one_that_joins_later_or_comes_back_gets_the_shared_draft(scene: Scene) -> None:
+    await scene.connect("a", scene.models.first)
+    version = await scene.trained()
+    bare = await scene.connect("late", scene.models.first, version="", vocab_id="")
+    await scene.serves("late", version)
+    assert (await scene.control.events("deployment-started"))[-1].data["reason"] == "shared"
+    await scene.watched("late")
+    await scene.reaches("late", DeploymentState.LIVE)
+    first = describe_double(scene.models.first, scene.models.drafts[scene.models.first], "late")
+    bare.info = first  # another incarnation, on version 0
+    await scene.serves("late", version)
+    assert (await scene.control.events("deployment-started"))[-1].data["reason"] == "restart"
+
+
+async def test_one_that_cannot_take_the_shared_draft_goes_on_with_its_own_and_says_so(
+    scene: Scene, tmp_path: Path
+) -> None:
+    await scene.connect("a", scene.models.first)
+    version = await scene.trained()
+    smaller = make_draft(scene.models.first, tmp_path / "smaller", draft_vocab=32)
+    store_draft(scene.control, smaller, scene.models.first)
+    fixed = tuple(capability for capability in Capability if capability is not Capability.SWAP_VOCABULARY)
+    odd = await scene.connect("odd", scene.models.first, smaller, capabilities=fixed)
+    await scene.converge()
+    assert odd.info.version == checkpoint.version_of(smaller) != version
+    assert odd.info.capturing  # what it serves is as good to train on as the others' is
+    problems = (await scene.control.plane.status()).problems
+    assert any("engine odd cannot share" in problem and "vocabulary" in problem for problem in problems)
+    scene.samples("odd", scene.models.first, 5_000)
+    spec = (await scene.claimed()).job.spec
+    assert spec.draft == version
+    assert spec.options == {"adapt_vocabulary": False}
+
+
+async def test_drift_on_one_engine_is_one_training_for_all(scene: Scene) -> None:
+    a, b = await scene.connect("a", scene.models.first), await scene.connect("b", scene.models.first)
+    await scene.trained()
+    for engine in (a, b):
+        for _ in range(12):
+            await engine.report(alpha=0.7, requests=4)
+    await scene.control.cycle()
+    for _ in range(3):
+        await b.report(alpha=0.05, requests=4)
+
+    async def noticed() -> bool:
+        await scene.control.cycle()
+        return bool(await scene.control.events("drift-detected"))
+
+    await eventually(noticed)
+    assert [event.subject for event in await scene.control.events("drift-detected")] == ["b"]
+    collection = await scene.control.controller.dispatcher.current(a.info.target.digest)
+    assert (collection.low, collection.drifts, collection.phase) == (("b",), 1, Phase.COLLECTING)
+    scene.samples("a", scene.models.first, collection.since_ms + 1_000, train=10, held_out=5)
+    scene.samples("b", scene.models.first, collection.since_ms + 2_000, train=10, held_out=5)
+    claim = await scene.claimed()
+    assert claim.job.spec.recipe is Recipe.DRIFT
+    assert len(claim.job.spec.shards) == 2
+    # The canary's verdict answers the drift; that b still serves the old draft for a moment is not another one.
+    version = await scene.finish(claim, seed=2)
+    canary = await scene.canary(version)
+    for name in sorted("ab", key=lambda name: name != canary):
+        await scene.watched(name, alpha=0.8)
+        await scene.reaches(name, DeploymentState.LIVE)
+    assert len(await scene.control.events("drift-detected")) == 1
+
+
+async def test_a_canary_that_dies_is_replaced(scene: Scene) -> None:
+    a, b = await scene.connect("a", scene.models.first), await scene.connect("b", scene.models.first)
+    await scene.converge()
+    await b.report(alpha=0.3, requests=4)
+    scene.samples("a", scene.models.first, 1_000)
+    version = await scene.finish(await scene.claimed())
+    await scene.serves("b", version)
+    b.dead = True
+    await scene.serves("a", version)
+    await scene.watched("a")
+    await scene.reaches("a", DeploymentState.LIVE)
+    assert a.info.version == version
+    assert "deployed" in (await scene.control.events("training-ended"))[0].message
+
+
+async def test_what_an_operator_deploys_onto_all_is_what_joins_get(scene: Scene, tmp_path: Path) -> None:
+    await scene.connect("a", scene.models.first)
+    await scene.connect("c", scene.models.second)
+    await scene.converge()
+    mine = store_draft(
+        scene.control, variant(scene.models.drafts[scene.models.first], tmp_path / "mine", 3), scene.models.first
+    )
+    begun = await scene.control.plane.deploy(mine.version, None, "uid:1")
+    assert [deployment.engine for deployment in begun] == ["a"]
+    await scene.serves("a", mine.version)
+    await scene.connect("late", scene.models.first)
+    await scene.serves("late", mine.version)
+    assert scene.engines["c"].kinds().count("Swap") == 0
+
+
+async def test_train_now_needs_a_name_only_where_targets_differ(scene: Scene) -> None:
+    await scene.connect("a", scene.models.first)
+    await scene.connect("b", scene.models.first)
+    await scene.converge()
+    scene.samples("b", scene.models.first, 1_000, train=2, held_out=1)
+
+    async def counted() -> bool:
+        await scene.control.cycle()
+        return (await scene.status("a")).training.rows == 50
+
+    await eventually(counted)
+    job = await scene.control.plane.train_now(None, "uid:1")
+    assert job.spec.engine == "a,b"
+    await scene.control.plane.cancel(job.id, "uid:1")
+    await scene.connect("c", scene.models.second)
+    await scene.converge()
+    with pytest.raises(Refused, match="name the engine: a, b, c"):
+        await scene.control.plane.train_now(None, "uid:1")
+
+
+async def test_the_same_model_configured_twice_is_said(valkey: Valkey, tmp_path: Path, models: Models) -> None:
+    twin = tmp_path / "twin"
+    twin.symlink_to(models.first)
+    config = settings(tmp_path, models.first).model_copy(
+        update={"target": (TargetConfig(path=models.first), TargetConfig(path=twin, name="twin"))}
+    )
+    async with leading(valkey, config) as control:
+        await control.cycle()
+        assert any("is the same model as target first" in text for text in (await control.plane.status()).problems)
