@@ -7,6 +7,8 @@ from typing import Any
 from tided.model.errors import Conflict, InvariantBroken, NotFound, Refused, Unavailable
 from tided.model.records import (
     Capability,
+    Check,
+    CheckOutcome,
     Deployment,
     DeploymentState,
     Draft,
@@ -14,6 +16,7 @@ from tided.model.records import (
     EngineInfo,
     Evaluation,
     Event,
+    Finding,
     Job,
     JobKind,
     JobSpec,
@@ -105,6 +108,7 @@ class FakePlane:
         self.engines_now: tuple[EngineStatus, ...] = (ENGINE,)
         self.problems: tuple[str, ...] = ()
         self.looked = 0
+        self.checks_now = [Check("layer ids", CheckOutcome.OK, "layers 2, 15, 27 and the last one")]
 
     def _enter(self) -> None:
         if self.fault is not None:
@@ -207,6 +211,15 @@ class FakePlane:
         if not after:
             return tuple(self.log[-limit:])
         return tuple(item for item in self.log if int(item.id.partition("-")[0]) > int(after.partition("-")[0]))[:limit]
+
+    async def doctor(self, engine: str | None) -> tuple[Finding, ...]:
+        self._enter()
+        if engine not in (None, "local"):
+            raise NotFound(f"there is no engine {engine!r}")
+        return (
+            Finding("redis", (Check("server", CheckOutcome.OK, "valkey 9.1.0"),)),
+            Finding("engine local", tuple(self.checks_now)),
+        )
 
     async def purge(self, engine: str | None, actor: str) -> dict[str, Any]:
         self._enter()

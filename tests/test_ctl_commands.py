@@ -30,6 +30,7 @@ QUERIES = {
     ("jobs", "list"): "/v1/jobs",
     ("jobs", "show", JOB.id): f"/v1/jobs/{JOB.id}",
     ("policy", "show"): "/v1/policy",
+    ("doctor",): "/v1/doctor",
 }
 CHANGES = {
     ("drafts", "deploy", "smollm2@1", "--engine", "local"): ("deploy", "smollm2@1", "local", ACTOR),

@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from tided.api.plane import Plane
 from tided.model.errors import Unavailable
+from tided.model.records import VerificationState
 from tided.model.status import EngineStatus, Status
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -78,6 +79,9 @@ def _engines(engines: tuple[EngineStatus, ...]) -> Iterator[Metric]:
         "tided_engine_predicted_speedup", "Eq. 5 at that gamma, by batch size.", labels=("engine", "batch")
     )
     draft = GaugeMetricFamily("tided_engine_draft_info", "The served draft.", labels=("engine", "draft", "version"))
+    tested = GaugeMetricFamily(
+        "tided_engine_self_test", "1 for the state of the engine's self-test.", labels=("engine", "state")
+    )
     rows = CounterMetricFamily("tided_engine_sample_rows", "Rows by what became of them.", labels=("engine", "fate"))
     flight = GaugeMetricFamily("tided_engine_sample_rows_in_flight", "Rows on their way.", labels=("engine",))
     counters = {
@@ -95,13 +99,16 @@ def _engines(engines: tuple[EngineStatus, ...]) -> Iterator[Metric]:
         for batch, value in enumerate(engine.speculation.predicted, 1):
             predicted.add_metric((name, str(batch)), value)
         draft.add_metric((name, engine.draft, engine.info.version[:12]), 1.0)
+        if engine.verification is not None:
+            for state in VerificationState:
+                tested.add_metric((name, state.value), engine.verification.state is state)
         for fate in ("tapped", "stored", "shed", "lost", "duplicated", "skipped", "unknown"):
             rows.add_metric((name, fate), getattr(engine.samples, fate))
         flight.add_metric((name,), engine.samples.in_flight)
         counters["drifts"].add_metric((name,), engine.training.drifts)
         counters["trainings"].add_metric((name,), engine.training.trainings)
         counters["swaps"].add_metric((name,), engine.swaps)
-    yield from (*families.values(), gamma, predicted, draft, rows, flight, *counters.values())
+    yield from (*families.values(), gamma, predicted, draft, tested, rows, flight, *counters.values())
 
 
 def _values(engine: EngineStatus) -> dict[str, float | None]:

@@ -8,7 +8,7 @@ head of one (at least 6 digits), or "lineage@number".
 from pathlib import Path
 from typing import Any, Protocol
 
-from tided.model.records import Deployment, Draft, Event, Job, PolicySetting, SpeculationMode, WorkerInfo
+from tided.model.records import Deployment, Draft, Event, Finding, Job, PolicySetting, SpeculationMode, WorkerInfo
 from tided.model.status import EngineStatus, Status
 
 
@@ -49,6 +49,10 @@ class Plane(Protocol):
 
     async def events(self, after: str, limit: int) -> tuple[Event, ...]:
         """Events after the id `after`, oldest first; "": the newest `limit`."""
+        ...
+
+    async def doctor(self, engine: str | None) -> tuple[Finding, ...]:
+        """Look the whole installation over; with `engine`, of the engines only that one."""
         ...
 
     async def purge(self, engine: str | None, actor: str) -> dict[str, Any]:

@@ -123,6 +123,13 @@ async def events(call: Call) -> Any:
             await call.lifetime.closed.wait()
 
 
+async def doctor(call: Call) -> Any:
+    query = Query(call.request)
+    engine = query.text("engine", "")
+    query.done()
+    return await call.plane.doctor(engine or None)
+
+
 async def init_draft(call: Call) -> Any:
     body = await read_body(call.request, InitDraft)
     target_dir = Path(body.target_dir)
@@ -173,6 +180,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("GET", "/v1/workers", Access.READ, workers),
     Endpoint("GET", "/v1/policy", Access.READ, policy),
     Endpoint("GET", "/v1/events", Access.OPERATE, events),
+    Endpoint("GET", "/v1/doctor", Access.OPERATE, doctor),
     Endpoint("POST", "/v1/drafts", Access.OPERATE, init_draft),
     Endpoint("POST", "/v1/drafts/{ref}/deploy", Access.OPERATE, deploy),
     Endpoint("POST", "/v1/engines/{engine}/rollback", Access.OPERATE, rollback),

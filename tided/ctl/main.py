@@ -87,6 +87,24 @@ def workers(context: typer.Context, as_json: Json = False) -> None:
     render.plain(answer) if as_json else render.workers(_records(WorkerInfo, answer))
 
 
+@app.command()
+def doctor(
+    context: typer.Context,
+    engine: Annotated[str | None, typer.Argument(help="Of the engines only this one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Look the whole installation over: every check, what was found, what to do. Exit code 1 if one failed."""
+    from tided.model.records import Finding
+
+    render, answer = _get(context, "/v1/doctor", {"engine": engine} if engine else None)
+    from tided.ctl import doctor as report
+
+    findings = _records(Finding, answer)
+    render.plain(answer) if as_json else report.show(findings)
+    if not report.healthy(findings):
+        raise typer.Exit(1)
+
+
 @drafts.command("init")
 def drafts_init(
     context: typer.Context,

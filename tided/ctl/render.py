@@ -65,6 +65,8 @@ def _engine(console: Console, engine: EngineStatus) -> None:
     _line(console, "  draft", f"{engine.draft or 'none'} ({words.short(info.version)}), {accepted}")
     if engine.deployment is not None and not engine.deployment.state.final:
         _line(console, "  swap", f"{engine.deployment.state} {words.short(engine.deployment.version)}")
+    if engine.verification is not None:
+        _line(console, "  self-test", words.verification(engine.verification))
     _line(console, "  training", words.training(engine.training))
     _line(console, "", words.training_reason(engine.training))
     _line(console, "  samples", words.samples(engine.samples))
@@ -82,13 +84,13 @@ def _line(console: Console, label: str, text: str, style: str = "") -> None:
 
 
 def engines(items: Sequence[EngineStatus]) -> None:
-    table = _table("ENGINE", "KIND", "DRAFT", ">RUN", ">WAIT", ">TOK/S", ">LENGTH", "DRAFTING")
+    table = _table("ENGINE", "KIND", "DRAFT", ">RUN", ">WAIT", ">TOK/S", ">LENGTH", "TESTED", "DRAFTING")
     for item in items:
         info = item.info
         cells = (info.engine, info.kind, item.draft or words.short(info.version), str(item.running), str(item.waiting))
-        table.add_row(
-            *cells, words.number(item.tokens_per_s, 1), words.number(item.accept_length), words.gammas(info.gammas)
-        )
+        tested = item.verification.state.value if item.verification is not None else "-"
+        rates = (words.number(item.tokens_per_s, 1), words.number(item.accept_length))
+        table.add_row(*cells, *rates, tested, words.gammas(info.gammas))
     _show(table, items, "no engine is connected")
 
 

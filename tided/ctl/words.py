@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from tided.model.records import Job, JobState, PolicySetting, SpeculationMode
+from tided.model.records import Job, JobState, PolicySetting, SpeculationMode, Verification
 from tided.model.status import EngineStatus, SampleTotals, Status, TrainingStatus
 
 
@@ -71,6 +71,11 @@ def speculation(engine: EngineStatus) -> str:
     best = max(enumerate(engine.speculation.predicted, 1), key=lambda item: item[1], default=None)
     # A schedule that an operator set, or that probes, promises nothing.
     return f"{text}: predicted {best[1]:.2f}x at batch {best[0]}" if best is not None and best[1] > 1.0 else text
+
+
+def verification(item: Verification) -> str:
+    """ "verified: what it taps is what the reference says"."""
+    return f"{item.state}: {item.reason}" if item.reason else item.state.value
 
 
 def training(status: TrainingStatus) -> str:

@@ -313,6 +313,14 @@ class Check:
     advice: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The checks about one part of an installation: `subject` is "redis", "tided", "workers" or "engine NAME"."""
+
+    subject: str
+    checks: tuple[Check, ...]
+
+
 class VerificationState(StrEnum):
     PENDING = "pending"
     VERIFIED = "verified"  # what it taps is what the reference says

@@ -22,6 +22,7 @@ from tided.model.records import (
     DeploymentState,
     Draft,
     Event,
+    Finding,
     Job,
     JobState,
     PolicySetting,
@@ -32,6 +33,7 @@ from tided.model.status import EngineStatus, SpeculationStatus, Status, Training
 from tided.services.controller import Controller
 from tided.services.deployer import ROLLBACK, TALLY, Tally, check_fit
 from tided.services.dispatcher import TrainingView
+from tided.services.doctor import look_over
 from tided.services.monitor import EngineView
 from tided.services.speculator import in_force
 from tided.store.ledger import read_ledger
@@ -111,6 +113,10 @@ class ControlPlane:
     async def events(self, after: str, limit: int) -> tuple[Event, ...]:
         store = self._context.events
         return tuple(await (store.read(after, limit) if after else store.newest(limit)))
+
+    async def doctor(self, engine: str | None) -> tuple[Finding, ...]:
+        views = sorted(self._controller.monitor.views.values(), key=lambda view: view.engine)
+        return await look_over(self._controller, views if engine is None else [self._view(engine)])
 
     # --- changes ---
 

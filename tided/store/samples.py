@@ -256,6 +256,10 @@ class SampleStore:
     def rows(self, split: Split, target: str | None = None, engine: str | None = None) -> int:
         return sum(shard.rows for shard in self.shards(split, target, engine))
 
+    def held_bytes(self) -> int:
+        """Bytes of all shards on disk."""
+        return sum(shard.bytes for split in Split for shard in self.shards(split))
+
     def ledger(self) -> StoreLedger:
         """Where all rows that were ever stored are."""
         with self._journal() as journal:

@@ -1,0 +1,132 @@
+"""The self-test's machine: its whole way, its refusals, and that no sequence of events trusts what was not verified."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tided.machine.verification import (
+    Announce,
+    Connected,
+    Listened,
+    Probed,
+    ProbeFailed,
+    ReferenceFailed,
+    ReferenceFound,
+    TestRules,
+    TimePassed,
+    VerificationEvent,
+    step,
+    validate_state,
+)
+from tided.model.errors import InvariantBroken
+from tided.model.records import Check, CheckOutcome, Verification, VerificationPhase, VerificationState
+
+RULES = TestRules(reference_wait_ms=100, probe_timeout_ms=50, max_probes=2, retry_ms=1_000)
+GOOD = tuple(
+    Check(name, CheckOutcome.OK, "fine")
+    for name in ("token ids", "token alignment", "layer ids", "norms", "dtype", "accuracy")
+)
+BAD = (GOOD[0], Check("layer ids", CheckOutcome.FAILED, "layer 3, not 2"))
+HIDDEN = (*GOOD[:2], Check("layer ids", CheckOutcome.SKIPPED, "a prefix cache"))
+CONNECTED = Connected(0, "e", "i-1", "ab" * 32)
+
+
+def after(*events: VerificationEvent) -> Verification:
+    state, _ = step(None, CONNECTED, RULES)
+    for event in events:
+        state, _ = step(state, event, RULES)
+        validate_state(state)
+    return state
+
+
+def where(state: Verification) -> tuple[str, str]:
+    return state.state.value, state.phase.value
+
+
+def test_the_whole_way() -> None:
+    assert where(after()) == ("pending", "reference")
+    assert where(after(TimePassed(99))) == ("pending", "reference")
+    assert where(after(ReferenceFound(5))) == ("pending", "probing")
+    verified = after(ReferenceFound(5), Probed(9, 1, GOOD))
+    assert where(verified) == ("verified", "done")
+    assert where(step(verified, TimePassed(10**9), RULES)[0]) == ("verified", "done")
+
+
+def test_a_failed_check_is_a_mismatch_for_ever() -> None:
+    state = after(
+        ReferenceFound(5), Probed(9, 1, BAD), TimePassed(10**9), ReferenceFound(10**9), Probed(10**9, 1, GOOD)
+    )
+    assert (where(state), state.reason) == (("mismatch", "done"), "layer 3, not 2")
+
+
+@pytest.mark.parametrize("why", [ReferenceFailed(5, "the job failed"), TimePassed(100)])
+def test_without_a_reference_it_is_unverified_at_best(why: VerificationEvent) -> None:
+    state = after(why, Probed(109, 1, GOOD))
+    assert where(state) == ("unverified", "done")
+    assert "reference" in state.reason or "job failed" in state.reason
+    assert where(after(why, Probed(109, 1, BAD))) == ("mismatch", "done")
+    # As soon as there is one, it is tested again.
+    assert where(step(state, ReferenceFound(120), RULES)[0]) == ("pending", "probing")
+
+
+def test_what_could_not_be_looked_at_is_not_verified() -> None:
+    state = after(ReferenceFound(5), Probed(9, 1, HIDDEN))
+    assert (where(state), state.reason) == (("unverified", "done"), "layer ids: a prefix cache")
+
+
+def test_probes_are_repeated_and_then_given_up_for_a_while() -> None:
+    once = after(ReferenceFound(5), ProbeFailed(6, 1, "no answer"))
+    assert (where(once), once.attempt) == (("pending", "probing"), 2)
+    assert once == after(ReferenceFound(5), ProbeFailed(6, 1, "no answer"), Probed(7, 1, GOOD)), "an old round"
+    given_up, announced = step(once, TimePassed(60), RULES)
+    assert where(given_up) == ("unverified", "done")
+    assert [item.kind for item in announced] == ["engine-unverified"]
+    assert where(step(given_up, TimePassed(1_059), RULES)[0]) == ("unverified", "done")
+    assert where(step(given_up, TimePassed(1_060), RULES)[0]) == ("pending", "reference")
+
+
+def test_an_engine_that_cannot_be_probed_is_listened_to() -> None:
+    state, announced = step(None, replace(CONNECTED, hindrance="it tells no URL"), RULES)
+    assert (where(state), state.reason) == (("unverified", "listening"), "it tells no URL")
+    assert announced == (Announce("engine-unverified", "it tells no URL"),)
+    assert where(step(state, Listened(9, GOOD), RULES)[0]) == ("unverified", "done")
+    assert where(step(state, Listened(9, BAD), RULES)[0]) == ("mismatch", "done")
+
+
+def test_a_new_incarnation_begins_anew() -> None:
+    state = after(ReferenceFound(5), Probed(9, 1, BAD))
+    fresh, _ = step(state, replace(CONNECTED, incarnation="i-2", now_ms=20), RULES)
+    assert (where(fresh), fresh.incarnation, fresh.checks) == (("pending", "reference"), "i-2", ())
+
+
+def test_nothing_goes_on_that_has_not_begun() -> None:
+    with pytest.raises(InvariantBroken):
+        step(None, TimePassed(1), RULES)
+
+
+_TIMES = st.integers(0, 3_000)
+_CHECKS = st.sampled_from((GOOD, BAD, HIDDEN, ()))
+_EVENTS = st.one_of(
+    st.builds(ReferenceFound, _TIMES),
+    st.builds(ReferenceFailed, _TIMES, st.just("no")),
+    st.builds(Probed, _TIMES, st.integers(0, 3), _CHECKS),
+    st.builds(ProbeFailed, _TIMES, st.integers(0, 3), st.just("no")),
+    st.builds(Listened, _TIMES, _CHECKS),
+    st.builds(TimePassed, _TIMES),
+)
+
+
+@given(st.lists(_EVENTS, max_size=20), st.sampled_from(("", "no URL")))
+def test_nothing_is_verified_but_by_good_probes_with_a_reference(events: list[VerificationEvent], why: str) -> None:
+    state, _ = step(None, replace(CONNECTED, hindrance=why), RULES)
+    for event in events:
+        before = state
+        state, _ = step(state, event, RULES)
+        validate_state(state)
+        if state.state is VerificationState.VERIFIED and before.state is not state.state:
+            assert isinstance(event, Probed)
+            assert before.phase is VerificationPhase.PROBING
+            assert before.referenced
+            assert not why

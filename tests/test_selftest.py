@@ -1,0 +1,270 @@
+"""How the self-test gates an engine, on a real Valkey with a double: what is done before, during and after it."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Valkey
+from tests.control import Control, leading, settings, variant
+from tests.dataplane import Producer, collector_process, store_at, stored_rows, tokens_of
+from tests.engine_double import EngineDouble, describe_double, running_double
+from tests.support import eventually
+from tests.tiny import make_draft, make_target
+from tided.draft.reference import sequences
+from tided.model.errors import Refused, Unavailable
+from tided.model.ids import prompt_group
+from tided.model.records import Check, CheckOutcome, EngineInfo, JobKind, JobResult, JobState, VerificationState
+from tided.services import selftest
+from tided.store import aside
+from tided.store.client import connect
+from tided.store.ledger import read_ledger
+from tided.store.samples import Split
+from tided.training.reference import make_reference
+
+pytestmark = pytest.mark.real
+GOOD = tuple(
+    Check(name, CheckOutcome.OK, "fine")
+    for name in ("token ids", "token alignment", "layer ids", "norms", "dtype", "accuracy")
+)
+BAD = (Check("layer ids", CheckOutcome.FAILED, "layer 3, not 2"),)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("target") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
+    return make_draft(target, tmp_path_factory.mktemp("drafts") / "0", draft_vocab=64)
+
+
+@dataclass
+class Scene:
+    control: Control
+    engine: EngineDouble
+    root: Path
+    answers: "list[tuple[Check, ...] | Exception]"
+    """What the next rounds of probes give; the last one for ever."""
+
+    async def state(self) -> VerificationState | None:
+        await self.control.cycle()
+        verdict = await self.control.controller.selftest.current(self.engine.info)
+        return verdict.state if verdict else None
+
+    async def until(self, wanted: VerificationState) -> None:
+        async def reached() -> bool:
+            return await self.state() is wanted
+
+        await eventually(reached, timeout_s=60)
+
+    async def converge(self) -> None:
+        async def nothing() -> bool:
+            return await self.control.cycle() == []
+
+        await eventually(nothing, timeout_s=60)
+
+    async def make_reference(self) -> None:
+        """Do the reference job as a worker does."""
+
+        async def claimed() -> bool:
+            await self.control.cycle()
+            claim = await self.control.context.jobs.claim("w", [JobKind.REFERENCE])
+            if claim is None:
+                return False
+            staged = self.root / "staged"
+            staged.mkdir()
+            result = await asyncio.to_thread(make_reference, claim.job.spec, staged, lambda _: None)
+            await self.control.context.jobs.finish(claim, result)
+            return True
+
+        await eventually(claimed, timeout_s=60)
+
+
+@asynccontextmanager
+async def scene_of(
+    valkey: Valkey, root: Path, info: EngineInfo, target: Path, monkeypatch: pytest.MonkeyPatch, **self_test: object
+) -> AsyncGenerator[Scene]:
+    config = settings(root, target, self_test={"enabled": True, **self_test})
+    answers: list[tuple[Check, ...] | Exception] = [GOOD]
+
+    async def probe(*_: object) -> tuple[Check, ...]:
+        answer = answers[0] if len(answers) == 1 else answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(selftest, "probe", probe)
+    async with AsyncExitStack() as stack:
+        control = await stack.enter_async_context(leading(valkey, config))
+        engine = await stack.enter_async_context(running_double(valkey, info))
+        running = asyncio.create_task(control.controller.selftest.run())
+        await eventually(control.context.engines.list)
+        try:
+            yield Scene(control, engine, root, answers)
+        finally:
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+
+
+def with_url(target: Path, first: Path) -> EngineInfo:
+    return replace(describe_double(target, first), url="http://127.0.0.1:9")
+
+
+async def test_nothing_is_captured_or_swapped_before_the_verdict(
+    valkey: Valkey, tmp_path: Path, target: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scene_of(valkey, tmp_path, with_url(target, first), target, monkeypatch) as scene:
+        control = scene.control
+        await scene.converge()
+        assert await scene.state() is VerificationState.PENDING
+        assert "SetCapture" not in scene.engine.kinds()
+        [job] = await control.context.jobs.list(10, (JobState.QUEUED,))
+        assert job.spec.kind is JobKind.REFERENCE
+        assert job.spec.token_ids == tuple(token for ids in sequences(scene.engine.info.target.vocab) for token in ids)
+        draft = await control.plane.init_draft(target, "tiny", "uid:0")
+        with pytest.raises(Refused, match="under way"):
+            await control.plane.deploy(draft.version, "double", "uid:0")
+        [status] = await control.plane.engines()
+        assert status.training.state == "off"
+
+        await scene.make_reference()
+        await scene.until(VerificationState.VERIFIED)
+        found = await aside.read_aside(control.context.redis, "double")
+        assert found.incarnations == frozenset(), "its rows may train"
+        await scene.converge()
+        assert scene.engine.info.capturing
+        assert await control.cycle() == []
+        assert [event.subject for event in await control.events("engine-verified")] == ["double"]
+        [status] = await control.plane.engines()
+        assert status.verification is not None
+        assert status.training.state == "collecting"
+
+
+async def test_during_the_probes_every_row_is_set_aside(
+    valkey: Valkey, tmp_path: Path, target: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scene_of(valkey, tmp_path, with_url(target, first), target, monkeypatch) as scene:
+        scene.answers[:] = [Unavailable("no answer")]
+        await scene.make_reference()
+        await eventually_capturing(scene)
+        found = await aside.read_aside(scene.control.context.redis, "double")
+        assert found.incarnations == {scene.engine.info.incarnation}
+        assert set(scene.engine.info.gammas) <= {0, selftest.PROBE_GAMMA}
+        await scene.until(VerificationState.UNVERIFIED)
+        await scene.converge()
+        assert not scene.engine.info.capturing
+        [problem] = [text for text in (await scene.control.plane.status()).problems if "not verified" in text]
+        assert "no answer" in problem
+        assert "self_test.allow_unverified" in problem
+
+
+async def eventually_capturing(scene: Scene) -> None:
+    async def on() -> bool:
+        await scene.control.cycle()
+        return scene.engine.info.capturing
+
+    await eventually(on, timeout_s=60)
+
+
+async def test_a_mismatch_fails_closed_and_a_restart_is_tested_anew(
+    valkey: Valkey, tmp_path: Path, target: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scene_of(valkey, tmp_path, with_url(target, first), target, monkeypatch) as scene:
+        scene.answers[:] = [BAD]
+        await scene.make_reference()
+        await scene.until(VerificationState.MISMATCH)
+        await scene.converge()
+        assert not scene.engine.info.capturing
+        draft = await scene.control.plane.init_draft(target, "tiny", "uid:0")
+        with pytest.raises(Refused, match="layer 3, not 2"):
+            await scene.control.plane.deploy(draft.version, "double", "uid:0")
+        scene.answers[:] = [GOOD]
+        scene.engine.info = replace(scene.engine.info, incarnation="run-again", gammas=(0,))
+        await scene.until(VerificationState.VERIFIED)
+
+
+async def test_unverified_engines_train_only_where_that_is_allowed(
+    valkey: Valkey, tmp_path: Path, target: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = describe_double(target, first)
+    async with scene_of(valkey, tmp_path, info, target, monkeypatch) as scene:
+        await scene.converge()
+        assert await scene.state() is VerificationState.UNVERIFIED
+        assert not scene.engine.info.capturing
+        context = scene.control.context
+        allowed = context.config.self_test.model_copy(update={"allow_unverified": True})
+        context.config = context.config.model_copy(update={"self_test": allowed})
+        await scene.converge()
+        assert scene.engine.info.capturing
+
+
+async def test_a_failed_reference_job_leaves_the_engine_unverified(
+    valkey: Valkey, tmp_path: Path, target: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scene_of(valkey, tmp_path, with_url(target, first), target, monkeypatch) as scene:
+        await scene.control.cycle()
+        claim = await scene.control.context.jobs.claim("w", [JobKind.REFERENCE])
+        assert claim is not None
+        await scene.control.context.jobs.fail(claim, "rope_type unknown", retryable=False)
+        await scene.until(VerificationState.UNVERIFIED)
+        [event] = await scene.control.events("engine-unverified")
+        assert "rope_type unknown" in event.message
+
+
+async def test_another_targets_file_is_no_reference(
+    valkey: Valkey, tmp_path: Path, target: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scene_of(valkey, tmp_path, with_url(target, first), target, monkeypatch) as scene:
+        await scene.control.cycle()
+        claim = await scene.control.context.jobs.claim("w", [JobKind.REFERENCE])
+        assert claim is not None
+        staged = variant(first, tmp_path / "draft", 1) / "model.safetensors"
+        await scene.control.context.jobs.finish(claim, JobResult(staged=str(staged)))
+        await scene.until(VerificationState.UNVERIFIED)
+
+
+async def test_the_collector_keeps_probes_from_training_and_the_account_adds_up(valkey: Valkey, tmp_path: Path) -> None:
+    """Rows of a probe's prompt, and all of an incarnation that is not trusted, are stored aside at once."""
+    root = tmp_path / "samples"
+    redis = connect(valkey.url)
+    probe = b"".join(token.to_bytes(4, "little") for token in tokens_of("probe", 14)[:5])
+    await aside.set_aside(redis, "e1", groups=[prompt_group(probe)])
+    await aside.set_aside(redis, "e1", incarnation="i-2")
+    slow = "[samples]\nheld_out_fraction = 0.3\nshard_age_s = 3600\n"
+    with collector_process(valkey.url, root, config=slow):
+        trusted, doubted = Producer.start(valkey.url, "i-1"), Producer.start(valkey.url, "i-2")
+        for name in ("one", "probe", "two"):
+            trusted.request(name)
+        doubted.request("three")
+        store = store_at(root)
+        await eventually(lambda: store.rows(Split.ASIDE) == 12, timeout_s=60)
+        assert trusted.close()
+        assert doubted.close()
+        await aside.release(redis, "e1", "i-2")
+        assert (await aside.read_aside(redis, "e1")).incarnations == frozenset()
+
+        async def arrived() -> bool:
+            return (await redis.xlen("tided:{e1}:samples")) > 0
+
+        await eventually(arrived, timeout_s=60)
+    with collector_process(valkey.url, root):
+        await eventually(lambda: store.ledger().stored == 48, timeout_s=60)
+
+        async def settled() -> bool:
+            totals = await read_ledger(redis, "e1")
+            return (totals.stored, totals.tapped, totals.lost, totals.in_flight) == (48, 48, 0, 0)
+
+        await eventually(settled, timeout_s=60)
+    trained = {request for request, _, _ in stored_rows(root)} - {"probe"}
+    assert {"one", "two"} <= trained
+    assert store.rows(Split.TRAIN) + store.rows(Split.HELD_OUT) + store.rows(Split.ASIDE) == 48
+    assert store.drop_aside("e1").rows >= 12
+    assert "probe" not in {request for request, _, _ in stored_rows(root)}
+    assert store.ledger().stored == 48
+    await redis.aclose()
