@@ -129,10 +129,9 @@ def test_the_sample_of_the_protocol_decodes() -> None:
     assert zlib.crc32(payload) == 628185172
     assert (header.engine, header.seq, header.rows, header.states, header.hidden) == ("local", 7, 3, 3, 2)
     assert header.ids == b"".join(token.to_bytes(4, "little") for token in (11, 12, 13))
-    assert header.requests == (RequestRef("req-1", 2, bytes(range(16))),)
+    assert header.requests == (RequestRef("req-1", 2, prompt_group(header.ids[:8])),)
     assert header.segments == (Segment(0, 0, 3),)
     assert header.ends == (End(0, "stop", (14,)),)
-    assert len(prompt_group(b"")) == len(header.requests[0].group)
 
 
 def test_the_command_of_the_protocol_decodes() -> None:
