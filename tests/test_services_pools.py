@@ -146,6 +146,7 @@ async def scene(valkey: Valkey, tmp_path: Path, models: Models) -> AsyncIterator
     )
     async with AsyncExitStack() as stack:
         control = await stack.enter_async_context(leading(valkey, config))
+        control.context.clock = lambda: 1_000.0  # it stands still: who is busy stays so, however slow this machine is
         yield Scene(control, models, valkey, tmp_path, stack)
 
 
@@ -356,8 +357,10 @@ async def test_what_an_operator_deploys_onto_all_is_what_joins_get(scene: Scene,
     mine = store_draft(
         scene.control, variant(scene.models.drafts[scene.models.first], tmp_path / "mine", 3), scene.models.first
     )
+    await scene.connect("has-it", scene.models.first, tmp_path / "mine")
+    await scene.converge()
     begun = await scene.control.plane.deploy(mine.version, None, "uid:1")
-    assert [deployment.engine for deployment in begun] == ["a"]
+    assert [deployment.engine for deployment in begun] == ["a"]  # the only one that fits and serves another
     await scene.serves("a", mine.version)
     await scene.connect("late", scene.models.first)
     await scene.serves("late", mine.version)

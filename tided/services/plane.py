@@ -257,7 +257,7 @@ class ControlPlane:
                 refusal = exc
         if not fitting:
             raise refusal or NotFound("no engine is connected: see `tidectl engines`")
-        return fitting
+        return [view for view in fitting if view.info.version != draft.version] or fitting
 
     async def _begin(self, view: EngineView, draft: Draft, reason: str) -> Deployment:
         problem = self._controller.mismatch(view) or self._controller.selftest.refusal(view.info)
