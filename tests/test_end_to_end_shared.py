@@ -45,7 +45,7 @@ def configure(root: Path, targets: dict[str, Path]) -> tuple[Path, Config]:
                 "short_window": 8,
                 "long_window": 64,
                 "cool_down_s": 600.0,
-                "budget_s": 20.0,
+                "budget_s": 90.0,
                 "draft_vocab": VOCAB,
             },
             "gate": {"min_requests": 12, "min_tokens": 400},
