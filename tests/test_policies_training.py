@@ -116,7 +116,7 @@ def test_requests_that_differ_are_no_drift_and_a_fall_is_seen_soon(
 
 @given(st.floats(0.2, 0.9), st.floats(0.25, 1.0), st.integers(8, 64), st.integers(4, 16))
 def test_a_clean_fall_is_seen_within_a_window(alpha: float, share: float, window: int, ratio: int) -> None:
-    """Windows of at least 8 and a factor of 4 between them: a fall by a quarter or more of requests that are all alike is never taken for noise."""
+    """Windows of at least 8, 4 times apart: a fall by a quarter or more of requests that are all alike is never taken for noise."""
     trend = fed(
         AcceptanceTrend.start(window, ratio * window, 0.05).restart("v"), [request(alpha, steps=400)] * 2 * window
     )
