@@ -14,6 +14,7 @@ from tests.dataplane import Producer, collector_process, store_at, stored_rows, 
 from tests.engine_double import EngineDouble, describe_double, running_double
 from tests.support import eventually
 from tests.tiny import make_draft, make_target
+from tided.backends.redis import RedisBackend
 from tided.draft.reference import sequences
 from tided.model.errors import Refused, Unavailable
 from tided.model.ids import prompt_group
@@ -155,7 +156,7 @@ async def test_during_the_probes_every_row_is_set_aside(
         await eventually_capturing(scene)
         found = await aside.read_aside(scene.control.context.redis, "double")
         assert found.incarnations == {scene.engine.info.incarnation}
-        assert set(scene.engine.info.gammas) <= {0, selftest.PROBE_GAMMA}
+        assert set(scene.engine.info.gammas) <= {0, *selftest.PROBE_GAMMAS}
         await scene.until(VerificationState.UNVERIFIED)
         await scene.converge()
         assert not scene.engine.info.capturing
@@ -170,6 +171,27 @@ async def eventually_capturing(scene: Scene) -> None:
         return scene.engine.info.capturing
 
     await eventually(on, timeout_s=60)
+
+
+async def test_probes_are_drafted_for_with_a_number_that_the_engine_can_reach(
+    valkey: Valkey, tmp_path: Path, target: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+    whole = RedisBackend.set_schedule
+
+    async def only_odd(self: RedisBackend, gammas: tuple[int, ...], epoch: int) -> None:
+        asked.append(gammas)
+        if any(gamma == 2 for gamma in gammas):
+            raise Refused("built with steps 0, 1, 3")
+        await whole(self, gammas, epoch)
+
+    monkeypatch.setattr(RedisBackend, "set_schedule", only_odd)
+    async with scene_of(valkey, tmp_path, with_url(target, first), target, monkeypatch) as scene:
+        await scene.make_reference()
+        await scene.until(VerificationState.VERIFIED)
+        assert asked[:2] == [(2,), (3,)]
+        await scene.converge()
+        assert set(scene.engine.info.gammas) == {0}, "the policy's again"
 
 
 async def test_a_mismatch_fails_closed_and_a_restart_is_tested_anew(

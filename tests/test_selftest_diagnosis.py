@@ -194,9 +194,12 @@ def test_a_quantised_target_is_told_to_raise_the_tolerance(scene: Scene) -> None
 
 
 def test_a_missing_state_is_named(scene: Scene) -> None:
-    checks = scene.judged(with_bits(scene, [probe.tapped.bits[:, :3] for probe in scene.probes]))
-    assert failed(checks) == {"layer ids"}
-    assert "3 states a row" in checks["layer ids"].measured
+    tapped = [probe.tapped for probe in scene.probes]
+    assert diagnosis.row_shape(tapped, scene.shape, 48).outcome is CheckOutcome.OK
+    without = replace(tapped[1], bits=tapped[1].bits[:, :3])
+    check = diagnosis.row_shape([tapped[0], without], scene.shape, 48)
+    assert check.outcome is CheckOutcome.FAILED
+    assert "3 states of 48 values" in check.measured
 
 
 def test_token_ids_that_are_moved_or_mapped_are_told_apart(scene: Scene) -> None:

@@ -221,6 +221,19 @@ def tokens(probes: Sequence[Probed]) -> Check:
     return Check(name, CheckOutcome.OK, f"{right} rows of {sent} prompt tokens, all ids as sent")
 
 
+def row_shape(tapped: Iterable[Tapped], shape: Shape, hidden: int) -> Check:
+    """Whether a row has as many states, of as many values, as it must."""
+    name, want = "row shape", (len(shape.aux_layers) + shape.has_last, hidden)
+    for states_, values in {request.bits.shape[1:] for request in tapped}:
+        if (states_, values) != want:
+            return _failed(
+                name,
+                f"{states_} states of {values} values a row, where {want[0]} of {want[1]} were expected",
+                "tap three aux layers, and the last hidden state if capability last_hidden is declared",
+            )
+    return Check(name, CheckOutcome.OK, f"{want[0]} states of {want[1]} values")
+
+
 def finite(tapped: Iterable[Tapped]) -> Check:
     """Whether the states are numbers, and not all the same."""
     for request in tapped:
@@ -239,16 +252,7 @@ def states(reference: Reference, probes: Sequence[Probed], shape: Shape, toleran
     if rows < LEAST_ROWS:
         why = "too few rows with a reference arrived: a prefix cache had them"
         return tuple(Check(name, CheckOutcome.SKIPPED, why) for name in names)
-    width = probes[0].tapped.bits.shape[1]
     columns = [*shape.aux_layers, *([reference.layers + 1] if shape.has_last else [])]
-    if width != len(columns):
-        return (
-            _failed(
-                "layer ids",
-                f"{width} states a row where {len(columns)} were expected",
-                "tap three aux layers, and the last hidden state if capability last_hidden is declared",
-            ),
-        )
     fits = [_Column(reference, probes, i).fit(layer, tolerance) for i, layer in enumerate(columns)]
     return _judged(fits, columns, shape, rows, tolerance, reference.layers)
 

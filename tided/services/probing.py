@@ -20,7 +20,7 @@ from redis.asyncio import Redis
 from tided.draft.reference import Reference, sequences
 from tided.model.errors import Refused, Unavailable
 from tided.model.ids import prompt_group
-from tided.model.records import Capability, Check, EngineInfo
+from tided.model.records import Capability, Check, CheckOutcome, EngineInfo
 from tided.services import diagnosis
 from tided.services.context import Target
 from tided.services.diagnosis import Probed, Shape, Tapped
@@ -75,7 +75,10 @@ async def probe(prober: Prober, info: EngineInfo, reference: Reference | None, a
 def judge(prober: Prober, reference: Reference | None, probed: Sequence[Probed], shape: Shape) -> tuple[Check, ...]:
     """All checks of one round. Blocks: it reads the target's head."""
     every = [item.tapped for item in probed] + [item.again for item in probed if item.again is not None]
-    checks = [diagnosis.tokens(probed), diagnosis.finite(every)]
+    rows = diagnosis.row_shape(every, shape, prober.target.info.hidden)
+    if rows.outcome is CheckOutcome.FAILED:
+        return (rows,)  # nothing else can be compared
+    checks = [rows, diagnosis.tokens(probed), diagnosis.finite(every)]
     if reference is not None:
         checks += diagnosis.states(reference, probed, shape, prober.tolerance)
     checks.append(diagnosis.decoding(probed, prober.tolerance))
@@ -136,7 +139,10 @@ def _client(info: EngineInfo) -> "httpx.AsyncClient":
 
     if urlsplit(info.url).scheme not in ("http", "https"):
         raise Refused(f"engine {info.engine}: its URL is neither http nor https")
-    return httpx.AsyncClient(base_url=info.url, timeout=None, trust_env=False)
+    try:
+        return httpx.AsyncClient(base_url=info.url, timeout=None, trust_env=False)
+    except httpx.InvalidURL as exc:
+        raise Refused(f"engine {info.engine}: its URL is not valid") from exc
 
 
 async def _model(client: "httpx.AsyncClient") -> str:
@@ -168,7 +174,7 @@ async def _ask(client: "httpx.AsyncClient", method: str, path: str, body: dict[s
 
     try:
         answer = await client.request(method, path, json=body)
-    except httpx.HTTPError as exc:
+    except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise Unavailable(f"the engine's {path} cannot be reached ({type(exc).__name__})") from exc
     if answer.status_code >= 500:
         raise Unavailable(f"the engine's {path} answers {answer.status_code}")

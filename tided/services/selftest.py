@@ -26,7 +26,7 @@ from tided.machine.verification import (
     VerificationEvent,
 )
 from tided.model import failpoints
-from tided.model.errors import Refused, TideError
+from tided.model.errors import Refused, Superseded, TideError
 from tided.model.records import (
     Capability,
     Check,
@@ -49,8 +49,8 @@ from tided.store.references import ReferenceStore
 from tided.store.samples import Run, Split, read_runs
 
 STATE = "verification"
-PROBE_GAMMA = 2
-"""Probes are drafted for, so that verification steps are tapped too."""
+PROBE_GAMMAS = (2, 3, 1)
+"""Probes are drafted for, so that verification steps are tapped too; the first number that the engine takes."""
 LISTENED_ROWS = 64
 SWEEP_EVERY_S = 5.0
 
@@ -236,16 +236,28 @@ class SelfTest:
             await view.backend.set_capture(True, context.config.capture.credit_bytes, epoch)
             done.append(f"{info.engine}: capture on, for its self-test")
             return verdict
-        gammas = (min(PROBE_GAMMA, info.gamma_max),)
-        if Capability.SCHEDULE in info.capabilities and info.version and in_force(info) != gammas * len(in_force(info)):
-            await view.backend.set_schedule(gammas, epoch)
-            done.append(f"{info.engine}: schedule {gammas}, for its self-test")
-            return verdict
         if self._tasks is not None:
+            await self._let_draft(view, epoch, done)
             begun = self._rounds[info.engine] = _Round(info.incarnation, verdict.attempt)
             self._tasks.start_soon(self._probe, info, verdict, begun, name=f"probe {info.engine}")
             done.append(f"{info.engine}: probing, attempt {verdict.attempt}")
         return verdict
+
+    async def _let_draft(self, view: EngineView, epoch: int, done: list[str]) -> None:
+        """Have the probes drafted for, if the engine can: what it drafts otherwise is the policy's, again, afterwards."""
+        info = view.info
+        if Capability.SCHEDULE not in info.capabilities or not info.version or all(in_force(info)):
+            return
+        for gamma in PROBE_GAMMAS:
+            if gamma <= info.gamma_max:
+                try:
+                    await view.backend.set_schedule((gamma,), epoch)
+                except Superseded:
+                    raise
+                except Refused:
+                    continue  # some engines can reach only some numbers
+                done.append(f"{info.engine}: schedule ({gamma},), for its self-test")
+                return
 
     async def _probe(self, info: EngineInfo, verdict: Verification, begun: _Round) -> None:
         """One round; its outcome waits for the next cycle."""
