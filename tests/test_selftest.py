@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Valkey
-from tests.control import Control, leading, settings, variant
+from tests.control import Control, leading, settings, store_samples, variant
 from tests.dataplane import Producer, collector_process, store_at, stored_rows, tokens_of
 from tests.engine_double import EngineDouble, describe_double, running_double
 from tests.support import eventually
@@ -224,6 +224,26 @@ async def test_unverified_engines_train_only_where_that_is_allowed(
         context.config = context.config.model_copy(update={"self_test": allowed})
         await scene.converge()
         assert scene.engine.info.capturing
+
+
+async def test_an_engine_that_cannot_be_probed_is_listened_to(
+    valkey: Valkey, tmp_path: Path, target: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first real samples, whose last states predict nothing, are found out and thrown away."""
+    info = describe_double(target, first)
+    async with scene_of(valkey, tmp_path, info, target, monkeypatch, allow_unverified=True) as scene:
+        await scene.converge()
+        assert scene.engine.info.capturing
+        context = scene.control.context
+        store_samples(context.config, target, "double", 4, 2, created_ms=await context.now_ms() + 1)
+        assert context.samples.rows(Split.TRAIN) == 100
+        await scene.until(VerificationState.MISMATCH)
+        await scene.converge()
+        assert not scene.engine.info.capturing
+        assert context.samples.rows(Split.TRAIN) == context.samples.rows(Split.HELD_OUT) == 0
+        assert context.samples.ledger().tested == 150
+        [event] = await scene.control.events("engine-mismatch")
+        assert "do not predict the emitted tokens" in event.message
 
 
 async def test_a_failed_reference_job_leaves_the_engine_unverified(
