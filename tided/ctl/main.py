@@ -105,6 +105,27 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command("engine-args")
+def engine_args(
+    context: typer.Context,
+    kind: Annotated[str, typer.Argument(help="vllm.")],
+    draft: Annotated[Path | None, typer.Option(help="Checkpoint to boot on; else version 0 of the target.")] = None,
+    python: Annotated[str, typer.Option(help="The interpreter of the engine's environment.")] = "python",
+    as_json: Json = False,
+) -> None:
+    """Print the command line that starts a serving engine with tided in it."""
+    from tided.config import Config, load
+    from tided.ctl import render
+    from tided.ctl.engine_args import command
+
+    where: _Where = context.obj
+    found = command(kind, load(where.config) if where.config is not None else Config(), draft, python)
+    if as_json:
+        render.plain({"environment": found.environment, "arguments": list(found.arguments)})
+    else:
+        sys.stdout.write(found.shell() + "\n")
+
+
 @drafts.command("init")
 def drafts_init(
     context: typer.Context,

@@ -1,0 +1,110 @@
+"""The command line that starts a serving engine with tided in it, from the configuration: text only, nothing is started."""
+
+import json
+import shlex
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tided.config import Config
+from tided.model.errors import Refused
+
+SHUTDOWN_S = 20
+"""How long requests in flight may take to finish when the engine is asked to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCommand:
+    """`environment` is what must be set beside what the shell has."""
+
+    environment: dict[str, str]
+    arguments: tuple[str, ...]
+
+    def shell(self) -> str:
+        """For a shell, one setting or option a line."""
+        words = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        words.append(" ".join(shlex.quote(word) for word in self.arguments[:3]))
+        rest = list(self.arguments[3:])
+        while rest:
+            option = [rest.pop(0)]
+            while rest and not rest[0].startswith("--"):
+                option.append(rest.pop(0))
+            words.append(" ".join(shlex.quote(word) for word in option))
+        return " \\\n  ".join(words)
+
+
+def vllm(config: Config, draft: Path, python: str = "python") -> EngineCommand:
+    """vLLM 0.32 with the target, engine and capture sections of `config`, booted on the checkpoint `draft`.
+
+    The environment holds the Redis URL, with its password if it has one. Raises `Refused` when nothing could ever be drafted.
+    """
+    engine = config.engine
+    if not engine.gamma_max:
+        raise Refused("engine.gamma_max is 0: an engine that can never draft has no use for tided")
+    environment = {
+        "TIDED_ENGINE": engine.id,
+        "TIDED_REDIS_URL": config.redis_url,
+        "TIDED_ENGINE_URL": f"http://{engine.host}:{engine.port}",
+        "TIDED_LAST_HIDDEN": str(int(config.capture.last_hidden)),
+        "TIDED_RING_SLOTS": str(config.capture.ring_slots),
+        "TIDED_REPORT_INTERVAL_S": str(engine.report_interval_s),
+    }
+    if engine.device == "cpu":
+        environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        environment |= {"OMP_NUM_THREADS": str(engine.threads)}
+    # Each number of drafted tokens at some batch size: vLLM prepares those that it finds here, and tided chooses among them.
+    last = max(engine.max_batch, engine.gamma_max + 1)
+    sizes = [[1 + gamma, 1 + gamma, gamma] for gamma in range(engine.gamma_max)]
+    speculation = {
+        "method": "eagle3",
+        "model": str(draft.absolute()),
+        "num_speculative_tokens": engine.gamma_max,
+        "num_speculative_tokens_per_batch_size": [*sizes, [engine.gamma_max + 1, last, engine.gamma_max]],
+    }
+    target = config.engine_target.path.absolute()
+    options = {
+        "--model": str(target),
+        "--served-model-name": target.name,
+        "--host": engine.host,
+        "--port": str(engine.port),
+        "--dtype": engine.dtype,
+        "--max-num-seqs": str(engine.max_batch),
+        "--max-model-len": str(engine.max_context),
+        "--shutdown-timeout": str(SHUTDOWN_S),
+        "--middleware": "tided.engine.vllm.optout.NoCapture",
+        "--speculative-config": json.dumps(speculation),
+    }
+    words = (word for option in options.items() for word in option)
+    return EngineCommand(environment, (python, "-m", "vllm.entrypoints.openai.api_server", *words))
+
+
+KINDS: dict[str, Callable[[Config, Path, str], EngineCommand]] = {"vllm": vllm}
+
+
+def command(kind: str, config: Config, draft: Path | None, python: str) -> EngineCommand:
+    """For an engine of `kind`. Without a draft it boots on version 0, which follows from the target and is made when absent.
+
+    Raises `Refused` for a kind that is not known, and for a target or draft that no engine could load.
+    """
+    if kind not in KINDS:
+        raise Refused(f"no engine of kind {kind!r}; known are {', '.join(KINDS)}")
+    return KINDS[kind](config, draft or boot_draft(config), python)
+
+
+def boot_draft(config: Config) -> Path:
+    """Version 0 of the configured target below the state directory, as the daemon would make it too: equal bytes, equal version."""
+    from tided.draft.init import init_draft
+    from tided.draft.target import describe
+
+    target = config.engine_target.path
+    vocabulary = config.training_of(config.engine_target).draft_vocab
+    path = config.daemon.state_dir / "boot" / f"{describe(target).digest[:16]}-{vocabulary}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            made = Path(temporary) / "draft"
+            made.mkdir()
+            init_draft(target, made, vocabulary)
+            made.rename(path)
+    return path
