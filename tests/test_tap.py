@@ -102,6 +102,22 @@ def test_a_full_ring_sheds_and_counts_exactly() -> None:
     assert tap.totals() == TapTotals(tapped=len(ids) + 6, sent=capacity, shed=10, ring=capacity + 3)
 
 
+def test_an_end_that_finds_the_ring_full_waits_for_room() -> None:
+    tap = capturing(slots=1)
+    capacity = tap.settings.slot_rows
+    tap.begin("a", [1], False)
+    ids = [0] * capacity
+    tap.record([("a", 0, capacity)], ids, states_of(ids))
+    tap.end("a", "length", [7])
+    full = taken(tap)
+    assert full.ends == []
+    tap.give_back(full, sent=True)
+    tap.flush()
+    late = taken(tap)
+    assert (late.rows, late.ends) == (0, [End(0, "length", (7,))])
+    assert late.requests == [RequestRef("a", 1, late.requests[0].group)]
+
+
 def test_only_requests_that_begin_while_capture_is_on_are_tapped() -> None:
     tap = Tap(settings())
     tap.begin("before", [1], False)

@@ -37,6 +37,7 @@ MAX_SEGMENTS = 2048
 MAX_REQUESTS = 256
 MAX_SPAN = 128
 MAX_TAIL = 16
+MAX_ENDS_WAITING = 1024
 MAX_REQUEST_ID = 256
 _FORMATS = {"bfloat16": "H", "float16": "e", "float32": "f"}
 """How the buffer protocol names the items; bfloat16, which it does not know, travels as its bits."""
@@ -160,6 +161,8 @@ class Tap:
         self._changed = threading.Condition()
         # Requests that are tapped, and None for those that opted out.
         self._requests: dict[str, RequestRef | None] = {}
+        # Ends that found the ring full. Beyond the bound the oldest go: whoever reads then waits for them in vain, a while.
+        self._ends: deque[tuple[RequestRef, str, tuple[int, ...]]] = deque(maxlen=MAX_ENDS_WAITING)
         self._capturing = False
         self._credit_bytes = 0
         self._tapped = self._sent = self._shed = self._skipped = 0
@@ -229,9 +232,8 @@ class Tap:
             return
         try:
             with self._changed:
-                slot = self._room(1)
-                if slot is not None:
-                    slot.ends.append(End(slot.reference(ref), finish, tuple(int(token) for token in tail[:MAX_TAIL])))
+                self._ends.append((ref, finish, tuple(int(token) for token in tail[:MAX_TAIL])))
+                self._place_ends()
         except Exception as exc:  # noqa: BLE001 - the tap must never fail a request
             self._failed("end", exc)
 
@@ -301,6 +303,12 @@ class Tap:
             self._changed.notify_all()
         return slot
 
+    def _place_ends(self) -> None:
+        """Put the ends that wait into the open slot, as far as the ring has room."""
+        while self._ends and (slot := self._room(1)) is not None:
+            ref, finish, tail = self._ends.popleft()
+            slot.ends.append(End(slot.reference(ref), finish, tail))
+
     def _hand_over(self) -> None:
         slot = self._open
         if slot is not None and not slot.empty:
@@ -334,7 +342,7 @@ class Tap:
             return self._ready.popleft()
 
     def give_back(self, slot: Slot, *, sent: bool) -> None:
-        """The slot's rows were sent, or else are shed; it is free again."""
+        """The slot's rows were sent, or else are shed; it is free again, for ends that waited first."""
         with self._changed:
             if sent:
                 self._sent += slot.rows
@@ -342,6 +350,7 @@ class Tap:
                 self._shed += slot.rows
             slot.clear()
             self._free.append(slot)
+            self._place_ends()
 
 
 def _source(rows: "torch.Tensor | HostRows", count: int, settings: TapSettings) -> "torch.Tensor | memoryview":
