@@ -1,12 +1,16 @@
 """What the plugin hooks and reads in SGLang's installed source, by its syntax: when a target moves, this fails and says which."""
 
 import ast
+import json
+import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.engines.environment import engine_environment
+from tests.ctl_run import tidectl
+from tests.engines.environment import CHECKOUT, engine_environment
+from tests.tiny import make_target
 from tided.engine.sglang import plugin
 
 ARGUMENTS = {
@@ -70,3 +74,44 @@ def test_a_hook_target_is_where_it_was(target: str) -> None:
 def test_what_the_plugin_reads_is_still_named_so(file: str) -> None:
     source = (package() / "srt" / file).read_text()
     assert [text for text in MENTIONS[file] if text not in source] == []
+
+
+PARSE = """
+import argparse, json, sys
+sys.path.insert(0, sys.argv.pop(1))
+import serve
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+print(json.dumps(vars(parser.parse_args()), default=str))
+"""
+
+
+def test_engine_args_print_what_sglang_itself_parses(tmp_path: Path) -> None:
+    target = make_target(tmp_path / "a target")
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f'[daemon]\nstate_dir = "{tmp_path / "s"}"\n[target]\npath = "{target}"\n[training]\ndraft_vocab = 64\n'
+        '[engine]\nid = "s"\nport = 8123\nmax_batch = 2\ngamma_max = 4\n'
+    )
+    shown = tidectl("--config", str(config), "engine-args", "sglang", "--json")
+    assert (shown.code, shown.err) == (0, "")
+    command = json.loads(shown.out)
+    assert command["environment"]["TIDED_ENGINE"] == "s"
+    assert command["arguments"][1:3] == ["-m", "sglang.launch_server"]
+    built = engine_environment("sglang")
+    parsed = subprocess.run(
+        [built.python, "-c", PARSE, CHECKOUT / "tests" / "standin", *command["arguments"][3:]],
+        env=built.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert parsed.returncode == 0, parsed.stderr
+    found = json.loads(parsed.stdout.strip().splitlines()[-1])
+    assert (found["model_path"], found["port"], found["max_running_requests"]) == (str(target), 8123, 2)
+    assert (found["speculative_num_steps"], found["speculative_num_draft_tokens"]) == (4, 5)
+    assert found["speculative_adaptive"] is True
+    steps = json.loads(Path(found["speculative_adaptive_config"]).read_text())
+    assert steps == {"1": {"candidate_steps": [0, 1, 2, 3, 4]}}

@@ -40,16 +40,8 @@ def vllm(config: Config, draft: Path, python: str = "python") -> EngineCommand:
     The environment holds the Redis URL, with its password if it has one. Raises `Refused` when nothing could ever be drafted.
     """
     engine = config.engine
-    if not engine.gamma_max:
-        raise Refused("engine.gamma_max is 0: an engine that can never draft has no use for tided")
-    environment = {
-        "TIDED_ENGINE": engine.id,
-        "TIDED_REDIS_URL": config.redis_url,
-        "TIDED_ENGINE_URL": f"http://{engine.host}:{engine.port}",
-        "TIDED_LAST_HIDDEN": str(int(config.capture.last_hidden)),
-        "TIDED_RING_SLOTS": str(config.capture.ring_slots),
-        "TIDED_REPORT_INTERVAL_S": str(engine.report_interval_s),
-    }
+    environment = _environment(config)
+    environment["TIDED_ENGINE_URL"] = f"http://{engine.host}:{engine.port}"
     if engine.device == "cpu":
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         environment |= {"OMP_NUM_THREADS": str(engine.threads)}
@@ -79,7 +71,51 @@ def vllm(config: Config, draft: Path, python: str = "python") -> EngineCommand:
     return EngineCommand(environment, (python, "-m", "vllm.entrypoints.openai.api_server", *words))
 
 
-KINDS: dict[str, Callable[[Config, Path, str], EngineCommand]] = {"vllm": vllm}
+def sglang(config: Config, draft: Path, python: str = "python") -> EngineCommand:
+    """SGLang 0.5.23, as `vllm`. SGLang reads the numbers of drafted tokens that tided may choose from a file: it is written."""
+    engine = config.engine
+    environment = _environment(config)
+    if engine.device == "cpu":
+        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(engine.threads)}
+    steps = config.daemon.state_dir.absolute() / "boot" / f"sglang-steps-{engine.gamma_max}.json"
+    steps.parent.mkdir(parents=True, exist_ok=True)
+    steps.write_text(json.dumps({"1": {"candidate_steps": list(range(engine.gamma_max + 1))}}))
+    target = config.engine_target.path.absolute()
+    options = {
+        "--model-path": str(target),
+        "--served-model-name": target.name,
+        "--host": engine.host,
+        "--port": str(engine.port),
+        "--device": engine.device.partition(":")[0],
+        "--dtype": engine.dtype,
+        "--max-running-requests": str(engine.max_batch),
+        "--context-length": str(engine.max_context),
+        "--speculative-algorithm": "EAGLE3",
+        "--speculative-draft-model-path": str(draft.absolute()),
+        "--speculative-num-steps": str(engine.gamma_max),
+        "--speculative-eagle-topk": "1",
+        "--speculative-num-draft-tokens": str(engine.gamma_max + 1),
+        "--speculative-adaptive-config": str(steps),
+    }
+    words = (word for option in options.items() for word in option)
+    return EngineCommand(environment, (python, "-m", "sglang.launch_server", *words, "--speculative-adaptive"))
+
+
+def _environment(config: Config) -> dict[str, str]:
+    """What every plugin reads. Raises `Refused` when nothing could ever be drafted."""
+    engine = config.engine
+    if not engine.gamma_max:
+        raise Refused("engine.gamma_max is 0: an engine that can never draft has no use for tided")
+    return {
+        "TIDED_ENGINE": engine.id,
+        "TIDED_REDIS_URL": config.redis_url,
+        "TIDED_LAST_HIDDEN": str(int(config.capture.last_hidden)),
+        "TIDED_RING_SLOTS": str(config.capture.ring_slots),
+        "TIDED_REPORT_INTERVAL_S": str(engine.report_interval_s),
+    }
+
+
+KINDS: dict[str, Callable[[Config, Path, str], EngineCommand]] = {"vllm": vllm, "sglang": sglang}
 
 
 def command(kind: str, config: Config, draft: Path | None, python: str) -> EngineCommand:

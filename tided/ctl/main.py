@@ -108,7 +108,7 @@ def doctor(
 @app.command("engine-args")
 def engine_args(
     context: typer.Context,
-    kind: Annotated[str, typer.Argument(help="vllm.")],
+    kind: Annotated[str, typer.Argument(help="vllm or sglang.")],
     draft: Annotated[Path | None, typer.Option(help="Checkpoint to boot on; else version 0 of the target.")] = None,
     python: Annotated[str, typer.Option(help="The interpreter of the engine's environment.")] = "python",
     as_json: Json = False,
