@@ -66,7 +66,7 @@ def _engine(console: Console, engine: EngineStatus) -> None:
     if engine.deployment is not None and not engine.deployment.state.final:
         _line(console, "  swap", f"{engine.deployment.state} {words.short(engine.deployment.version)}")
     if engine.verification is not None:
-        _line(console, "  self-test", words.verification(engine.verification))
+        _line(console, "  tested", words.verification(engine.verification))
     _line(console, "  training", words.training(engine.training))
     _line(console, "", words.training_reason(engine.training))
     _line(console, "  samples", words.samples(engine.samples))
