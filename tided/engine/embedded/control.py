@@ -2,7 +2,6 @@
 
 import os
 import time
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from tided.draft.checkpoint import Checkpoint
 from tided.draft.eagle3 import Eagle3
 from tided.draft.target import TargetShape
 from tided.engine.agent import Counters
+from tided.engine.boundary import outcome
 from tided.engine.embedded.profile import measure
 from tided.engine.embedded.scheduler import Scheduler
 from tided.engine.embedded.target import Target
@@ -20,9 +20,6 @@ from tided.model.codec import to_plain
 from tided.model.errors import Refused, Unavailable
 from tided.model.records import Capability, EngineInfo, LatencyProfile
 from tided.wire.control import Body, MeasureProfile, SetSchedule, Swap
-
-APPLY_TIMEOUT_S = 60.0
-"""How long a step may keep a command waiting before it is given up."""
 
 
 def load_draft(path: Path, target: Target, version: str = "") -> Eagle3:
@@ -116,7 +113,7 @@ class EmbeddedControl:
             drafter.exchange(draft)
             return time.perf_counter() - started
 
-        seconds = _result(scheduler.between_steps(exchange))
+        seconds = outcome(scheduler.between_steps(exchange))
         return {"version": scheduler.version, "seconds": seconds}
 
     def measure_profile(self) -> LatencyProfile:
@@ -128,15 +125,6 @@ class EmbeddedControl:
                 raise Unavailable("the engine is serving; a profile is measured only while nothing runs")
             return measure(scheduler.target, scheduler.drafter)
 
-        profile: LatencyProfile = _result(scheduler.between_steps(action))
+        profile: LatencyProfile = outcome(scheduler.between_steps(action))
         self.profile = profile
         return profile
-
-
-def _result(future: "Future[Any]") -> Any:
-    try:
-        return future.result(APPLY_TIMEOUT_S)
-    except TimeoutError as exc:
-        if not future.cancel():
-            raise Unavailable(f"the engine did not come to a step boundary in {APPLY_TIMEOUT_S:g} s") from exc
-        raise Unavailable(f"the engine did not come to a step boundary in {APPLY_TIMEOUT_S:g} s; dropped") from exc

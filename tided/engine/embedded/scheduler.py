@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from tided.engine.boundary import perform
 from tided.engine.embedded.drafter import Context, Drafter
 from tided.engine.embedded.sampling import Proposal, SamplingParams, accept_greedy, accept_sampled, generator
 from tided.engine.embedded.target import Target
@@ -239,13 +240,7 @@ class Scheduler:
 
     def _act(self) -> None:
         while self._inbox.actions:
-            action, future = self._inbox.actions.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(action())
-            except Exception as exc:  # noqa: BLE001 - the guard of the step thread: the caller gets what its action raised
-                future.set_exception(exc)
+            perform(*self._inbox.actions.popleft())
 
     def _drop_cancelled(self) -> None:
         with self._changed:

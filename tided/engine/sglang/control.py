@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tided.engine.agent import Counters
-from tided.engine.sglang.boundary import Boundary
+from tided.engine.boundary import Boundary
 from tided.engine.sglang.profile import StepTimer, measure
 from tided.engine.sglang.steps import Schedule, StepBook
 from tided.engine.sglang.weights import DraftWeights, Staged
@@ -80,7 +80,7 @@ class SglangControl:
     def apply(self, body: Body) -> dict[str, Any]:
         """Do what `body` says; returns once it is in force. Raises `TideError`, with nothing changed."""
         if isinstance(body, SetSchedule):
-            self._boundary.run(lambda: self._schedule.set(body.gammas))
+            self._boundary.call(lambda: self._schedule.set(body.gammas))
             return {"gammas": list(self._schedule.gammas)}
         if isinstance(body, Swap):
             return self.swap(Path(body.path), body.version)
@@ -99,7 +99,7 @@ class SglangControl:
         Gives the version that was read back and the seconds that the scheduler paused.
         """
         staged = self._weights.stage(path, version)
-        seconds = self._boundary.run(lambda: self._exchange(staged))
+        seconds = self._boundary.call(lambda: self._exchange(staged))
         return {"version": self._weights.version, "seconds": seconds}
 
     def _exchange(self, staged: Staged) -> float:

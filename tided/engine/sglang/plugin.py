@@ -78,7 +78,7 @@ class Hooks:
             self._guarded("end", self._runtime.close)
 
     def between_steps(self, *_: Any, **__: Any) -> None:
-        self._guarded("step boundary", self._runtime.boundary.work_off)
+        self._guarded("step boundary", self._runtime.boundary.run)
 
     def forward(self, original: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         step = self._guarded("forward", self._runtime.before_forward, batch)

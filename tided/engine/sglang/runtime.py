@@ -8,9 +8,9 @@ from typing import Any
 
 from tided.draft.target import TargetShape, describe
 from tided.engine.agent import EngineAgent
+from tided.engine.boundary import Boundary
 from tided.engine.plugin import Faults, PluginSettings
 from tided.engine.publisher import Publisher
-from tided.engine.sglang.boundary import Boundary
 from tided.engine.sglang.control import Limits, SglangControl
 from tided.engine.sglang.profile import StepTimer
 from tided.engine.sglang.rows import RowTap, Step

@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from tided.engine.boundary import TIMEOUT_S
 from tided.engine.vllm import worker
-from tided.engine.vllm.boundary import TIMEOUT_S
 from tided.engine.vllm.worker import Status
 from tided.model.errors import TideError
 from tided.model.records import TapTotals
