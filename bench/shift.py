@@ -9,44 +9,35 @@ no such draft yet, so it runs without speculation there, and its ratio to none s
 
 import argparse
 import asyncio
-import contextlib
-import hashlib
 import itertools
-import json
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench import identity, report
 from bench.arms import Arms, Frozen
-from bench.control import moment
 from bench.load import Traffic
 from bench.model import DEFAULT
 from bench.shift_plan import Phase, Places, Plan, smoke
 from bench.shift_report import write_report
-from bench.traffic import DOMAINS, Prompt, Split
+from bench.study import digest_of, noting, prompts_of, timeline, unless_ended
+from bench.traffic import Prompt
 from bench.turns import TurnLog, take_turns
 from tided.local import LocalStack
 from tided.model.codec import to_plain
 from tided.model.errors import TideError
 
-SAMPLE_EVERY_S = 2.0
 MEASURE_STRIDE = 300
 """Each phase's measurement prompts begin this far behind those of the phase before, so that a domain's return meets new ones."""
 
 
-def prompts_of(phase: Phase, split: Split, index: int, max_tokens: int) -> Iterator[Prompt]:
-    """The phase's prompts of one split, without end."""
-    domain = DOMAINS[phase.domain]
-    source = domain.endless(split, seed=index) if split == "train" else itertools.cycle(domain.prompts(split))
-    skip = 0 if split == "train" else index * MEASURE_STRIDE
-    for prompt in itertools.islice(source, skip, None):
-        yield replace(prompt, max_tokens=min(max_tokens, prompt.max_tokens))
+def phase_names(plan: Plan) -> list[str]:
+    """The names of the phases' parts."""
+    return [f"phase-{phase.name}" for phase in plan.phases]
 
 
 async def run_phase(arms: Arms, plan: Plan, index: int) -> dict[str, Any]:
@@ -54,48 +45,41 @@ async def run_phase(arms: Arms, plan: Plan, index: int) -> dict[str, Any]:
     phase = plan.phases[index]
     trained: list[Prompt] = []
     measured: list[Prompt] = []
-    log, timeline = TurnLog(), list[dict[str, Any]]()
+    log = TurnLog()
     newest = await arms.events("")
     cursor = newest[-1].id if newest else ""
     start, began_s, began_ms = await arms.engine(), time.monotonic(), round(time.time() * 1000)
-    measure = prompts_of(phase, "measure", index, plan.max_tokens)
-    train = _noting(prompts_of(phase, "train", index, plan.max_tokens), trained)
-    watching = asyncio.create_task(_watch(arms, timeline, began_s))
-    try:
-        async with Traffic(arms.urls["tided"], train, plan.concurrency) as traffic:
-            for block in itertools.count():
-                elapsed_s = time.monotonic() - began_s
-                if elapsed_s >= phase.seconds:
-                    break
-                late = elapsed_s >= phase.seconds * 2 / 3
-                traffic.resume()
-                await asyncio.sleep(plan.adapt_late_s if late else plan.adapt_s)
-                await traffic.pause()
-                prompts = list(itertools.islice(measure, plan.block_late if late else plan.block))
-                measured += prompts
-                await take_turns(log, arms.urls, prompts, block, began_s)
-                _say(phase, log, timeline, time.monotonic() - began_s)
-            load = traffic.load
-    finally:
-        watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watching
+    measure = prompts_of(phase.domain, "measure", 0, index * MEASURE_STRIDE, plan.max_tokens)
+    train = noting(prompts_of(phase.domain, "train", index, 0, plan.max_tokens), trained)
+    async with timeline(arms, began_s) as moments, Traffic(arms.urls["tided"], train, plan.concurrency) as traffic:
+        for block in itertools.count():
+            elapsed_s = time.monotonic() - began_s
+            if elapsed_s >= phase.seconds:
+                break
+            late = elapsed_s >= phase.seconds * 2 / 3
+            traffic.resume()
+            await asyncio.sleep(plan.adapt_late_s if late else plan.adapt_s)
+            await traffic.pause()
+            prompts = list(itertools.islice(measure, plan.block_late if late else plan.block))
+            measured += prompts
+            await take_turns(log, arms.urls, prompts, block, began_s)
+            _say(phase, log, moments, time.monotonic() - began_s)
+        load = traffic.load
     end = await arms.drained()
     return {
-        "plan": plan.digest,
         "phase": asdict(phase),
         "seconds": time.monotonic() - began_s,
         "began_ms": began_ms,
         "turns": log.to_plain(),
-        "timeline": timeline,
+        "timeline": moments,
         "adaptation": {
             "tokens": load.tokens,
             "seconds": load.seconds,
             "requests": len(load.answers),
             "errors": load.errors,
         },
-        "trained_prompts": sorted({_digest(prompt) for prompt in trained}),
-        "measured_prompts": [_digest(prompt) for prompt in measured],
+        "trained_prompts": sorted({digest_of(prompt) for prompt in trained}),
+        "measured_prompts": [digest_of(prompt) for prompt in measured],
         "events": [to_plain(event) for event in await arms.events(cursor)],
         "samples_start": to_plain(start.samples),
         "samples_end": to_plain(end.samples),
@@ -107,27 +91,8 @@ async def run_phase(arms: Arms, plan: Plan, index: int) -> dict[str, Any]:
     }
 
 
-def _noting(source: Iterator[Prompt], into: list[Prompt]) -> Iterator[Prompt]:
-    for prompt in source:
-        into.append(prompt)
-        yield prompt
-
-
-def _digest(prompt: Prompt) -> str:
-    return hashlib.sha256(f"{prompt.domain}\n{prompt.user}".encode()).hexdigest()[:20]
-
-
-async def _watch(arms: Arms, timeline: list[dict[str, Any]], began_s: float) -> None:
-    while True:
-        # A tided that is busy for a moment leaves a gap in the timeline and nothing else.
-        with contextlib.suppress(TideError):
-            engine = await arms.engine()
-            timeline.append({"at_s": round(time.monotonic() - began_s, 1), **moment(engine)})
-        await asyncio.sleep(SAMPLE_EVERY_S)
-
-
-def _say(phase: Phase, log: TurnLog, timeline: list[dict[str, Any]], at_s: float) -> None:
-    now = timeline[-1] if timeline else {}
+def _say(phase: Phase, log: TurnLog, moments: list[dict[str, Any]], at_s: float) -> None:
+    now = moments[-1] if moments else {}
     last = log.pairs[-5:]
     ratios = ", ".join(f"{pair.ratio('tided', 'none'):.2f}" for pair in last)
     print(
@@ -138,24 +103,9 @@ def _say(phase: Phase, log: TurnLog, timeline: list[dict[str, Any]], at_s: float
     )
 
 
-def read_part(places: Places, plan: Plan, name: str) -> dict[str, Any] | None:
-    """A part's raw figures; None when it has not run under this plan."""
-    try:
-        part: dict[str, Any] = json.loads(places.part(name).read_text())
-    except FileNotFoundError:
-        return None
-    return part if part["plan"] == plan.digest else None
-
-
-def phase_parts(places: Places, plan: Plan) -> list[dict[str, Any]]:
-    """The phases that have run, from the first up to the first gap."""
-    parts = (read_part(places, plan, f"phase-{phase.name}") for phase in plan.phases)
-    return [part for part in itertools.takewhile(lambda part: part is not None, parts) if part is not None]
-
-
 async def run_phases(plan: Plan, places: Places) -> None:
     """The phases that are missing, on one stack; each is written when it ends."""
-    done = phase_parts(places, plan)
+    done = places.parts(plan).first(*phase_names(plan))
     if len(done) == len(plan.phases):
         return
     if not done:
@@ -164,26 +114,13 @@ async def run_phases(plan: Plan, places: Places) -> None:
     async with LocalStack(places.work / "logs", lambda line: print(line, flush=True)) as stack:
         arms = await Arms.start(stack, plan, places, frozen)
         for index in range(len(done), len(plan.phases)):
-            part = await _unless_ended(stack, run_phase(arms, plan, index))
+            part = await unless_ended(stack, run_phase(arms, plan, index))
             part["resumed"] = bool(done) and index == len(done)
-            report.write_json(places.part(f"phase-{plan.phases[index].name}"), part)
-            write_report(plan, places, phase_parts(places, plan), None)
+            parts = places.parts(plan)
+            parts.write(phase_names(plan)[index], part)
+            write_report(plan, places, parts.first(*phase_names(plan)), None)
             if index == 0:
                 await arms.freeze(Frozen(**_served(part)))
-
-
-async def _unless_ended(stack: LocalStack, work: Any) -> Any:
-    """`work`'s result, or `TideError` when a process of the stack ends before it."""
-    working, ended = asyncio.ensure_future(work), asyncio.create_task(stack.ended())
-    try:
-        await asyncio.wait((working, ended), return_when=asyncio.FIRST_COMPLETED)
-        if ended.done():
-            raise TideError(ended.result())
-        return working.result()
-    finally:
-        for task in (working, ended):
-            task.cancel()
-        await asyncio.gather(working, ended, return_exceptions=True)
 
 
 def _served(part: dict[str, Any]) -> dict[str, Any]:
@@ -199,12 +136,12 @@ async def study(plan: Plan, places: Places) -> Path:
         TideError: a process of the stack could not start, or ended.
     """
     await run_phases(plan, places)
-    parts = phase_parts(places, plan)
-    if read_part(places, plan, "identity") is None:
+    parts = places.parts(plan)
+    phases = parts.first(*phase_names(plan))
+    if parts.read("identity") is None:
         # The first phase's draft: it knows the domain that identity is asked in.
-        compared = await identity.compare(plan, places, Frozen(**_served(parts[0])))
-        report.write_json(places.part("identity"), {"plan": plan.digest, **compared})
-    return write_report(plan, places, parts, read_part(places, plan, "identity"))
+        parts.write("identity", await identity.compare(plan, places, Frozen(**_served(phases[0]))))
+    return write_report(plan, places, phases, parts.read("identity"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -217,9 +154,10 @@ def main(arguments: list[str] | None = None) -> None:
     plan = Plan() if options.size == "full" else smoke(("code", "french"), 20)
     name = "shift" if options.size == "full" else f"shift-{options.size}"
     places = Places(options.model, Path("build") / name, report.BENCH_DIR / f"{name}-report.json")
-    identity_part = read_part(places, plan, "identity")
+    parts = places.parts(plan)
+    identity_part = parts.read("identity")
     if options.report:
-        print(write_report(plan, places, phase_parts(places, plan), identity_part))
+        print(write_report(plan, places, parts.first(*phase_names(plan)), identity_part))
         return
     if identity_part is not None:
         shutil.rmtree(places.work)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.study import Parts
+
 ARMS = ("none", "static", "tided")
 
 
@@ -89,6 +91,6 @@ class Places:
     work: Path  # state, logs and raw parts
     report: Path
 
-    def part(self, name: str) -> Path:
-        """The file of one part's raw figures."""
-        return self.work / f"part-{name}.json"
+    def parts(self, plan: Plan) -> Parts:
+        """The raw figures of the plan's parts."""
+        return Parts(self.work, plan.digest)

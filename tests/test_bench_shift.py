@@ -1,14 +1,16 @@
 """The study: its report from made-up parts, and the whole harness once on a tiny model."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.shift import phase_parts, prompts_of, study
-from bench.shift_plan import Phase, Places, Plan, smoke
+from bench.shift import MEASURE_STRIDE, study
+from bench.shift_plan import Places, Plan, smoke
 from bench.shift_report import claims_of, compose
+from bench.study import prompts_of
 from tests.tiny import make_target
 
 PROFILE = {"tokens": [1, 5], "target_s": [0.04, 0.05], "batches": [1], "draft_s": [0.004]}
@@ -99,18 +101,17 @@ def test_what_did_not_happen_is_a_claim_that_is_not_met() -> None:
 
 
 def test_a_domain_that_comes_back_is_measured_on_other_prompts() -> None:
-    first, third = Phase("1", "code", 1), Phase("3", "code", 1)
-    one = [next(source) for source in [prompts_of(first, "measure", 0, 64)] for _ in range(100)]
-    three = [next(source) for source in [prompts_of(third, "measure", 2, 64)] for _ in range(100)]
+    one = list(itertools.islice(prompts_of("code", "measure", 0, 0, 64), 100))
+    three = list(itertools.islice(prompts_of("code", "measure", 0, 2 * MEASURE_STRIDE, 64), 100))
     assert not {prompt.user for prompt in one} & {prompt.user for prompt in three}
     assert {prompt.max_tokens for prompt in one} == {64}
 
 
 def test_another_plan_does_not_reuse_a_part(tmp_path: Path) -> None:
     plan, places = smoke(("code", "french"), 1.0), Places(tmp_path, tmp_path, tmp_path / "report.json")
-    places.part("phase-1").write_text(json.dumps({"plan": plan.digest}))
-    assert len(phase_parts(places, plan)) == 1
-    assert phase_parts(places, Plan()) == []
+    places.parts(plan).write("phase-1", {})
+    assert len(places.parts(plan).first("phase-1", "phase-2")) == 1
+    assert places.parts(Plan()).first("phase-1") == []
 
 
 @pytest.mark.real
