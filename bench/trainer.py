@@ -3,37 +3,28 @@
 `python -m bench.trainer` writes build/bench/trainer.json. Samples are greedy answers of the real model, made once.
 """
 
-import json
 import os
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench import model, report
+from bench.drafts import BUDGET_S, WORK, Samples, code_samples, first_draft, run_job
 from bench.report import Claim, at_least, at_most
-from bench.samples import shards
 from tided.draft import checkpoint
 from tided.draft.eagle3 import Eagle3
-from tided.draft.init import init_draft
-from tided.model.codec import from_plain, to_plain
-from tided.model.records import JobKind, JobResult, JobSpec, Recipe
+from tided.model.records import Recipe
 from tided.training.data import Run, equal_packs, read_runs
 from tided.training.loop import pack_loss
 from tided.training.losses import CandidateSampler, Frozen
 from tided.training.optimizer import Optimizer
 from tided.training.options import options_for
 
-WORK = Path("build/bench/trainer")
-TRAIN_REQUESTS, HELD_OUT_REQUESTS = 112, 48
 STEPS, WARM_UP, REPEATS = 30, 10, 3
-BUDGET_S = 60.0
 
 
 def main() -> None:
@@ -41,16 +32,14 @@ def main() -> None:
     model_dir = model.make(model.DEFAULT)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    fresh = shards(model_dir, "code", "train", TRAIN_REQUESTS, WORK)
-    held_out = shards(model_dir, "code", "measure", HELD_OUT_REQUESTS, WORK)
-    init_draft(model_dir, WORK / "draft")
-    claims = [*_speed(model_dir, fresh), *_job(model_dir, fresh, held_out)]
+    samples = code_samples(model_dir)
+    claims = [*_speed(model_dir, samples.train), *_job(model_dir, samples)]
     report.publish("trainer", claims)
 
 
 def _speed(model_dir: Path, fresh: Sequence[str]) -> list[Claim]:
     """Steps as the job runs them, and the rows that its matrices saw."""
-    source = checkpoint.load(WORK / "draft")
+    source = checkpoint.load(first_draft(model_dir))
     frozen = Frozen.read(model_dir, source, "cpu")
     options = options_for(Recipe.COLD, {})
     runs = read_runs(fresh, source.config.hidden, source.config.vocab)
@@ -119,26 +108,9 @@ def padded_rows(runs: Sequence[Run], tokens: int) -> int:
     return total + longest * count
 
 
-def _job(model_dir: Path, fresh: Sequence[str], held_out: Sequence[str]) -> list[Claim]:
+def _job(model_dir: Path, samples: Samples) -> list[Claim]:
     """A whole job in a process of its own: what a worker runs."""
-    spec = JobSpec(
-        kind=JobKind.TRAIN,
-        engine="bench",
-        target="",
-        target_dir=str(model_dir),
-        draft_dir=str(WORK / "draft"),
-        shards=tuple(fresh),
-        held_out=tuple(held_out),
-        budget_s=BUDGET_S,
-        options={"adapt_vocabulary": True},
-    )
-    (WORK / "spec.json").write_text(json.dumps(to_plain(spec)))
-    command = [sys.executable, "-m", "tided.training", "train", str(WORK / "spec.json"), "--out", str(WORK / "job")]
-    began = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    seconds = time.perf_counter() - began
-    last: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    result = from_plain(JobResult, last["result"])
+    result, seconds = run_job(model_dir, first_draft(model_dir), samples, WORK / "job", BUDGET_S)
     assert result.incumbent is not None
     assert result.candidate is not None
     memory_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024

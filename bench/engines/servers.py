@@ -52,7 +52,7 @@ def service(config: Config, engine: Engine, port: int) -> Service:
         ours = {key: value for key, value in ours.items() if not key.startswith("TIDED_")}
     settings = {**ours, **QUIET, "PYTHONPATH": built.environment["PYTHONPATH"]}
     return Service(
-        engine.name,
+        f"server-{engine.name}",
         "bench.engines.launch",
         (url, json.dumps(settings), *words),
         split_cores(config.engine.threads)[0],
