@@ -7,6 +7,7 @@ and the part of the answer that both agree on.
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -50,7 +51,7 @@ async def compare(plan: Plan, places: Places, draft: Frozen) -> dict[str, Any]:
     failed = [answer.error for answer in (*plain, *drafted) if answer.error]
     pairs = [(a, b) for a, b in zip(plain, drafted, strict=True) if not a.error and not b.error]
     different = [(a, b) for a, b in pairs if a.token_ids != b.token_ids]
-    gaps = _gaps(places, different)
+    gaps = gaps_of(places.model, different)
     return {
         "compared": len(pairs),
         "tokens": sum(len(a.token_ids) for a, _ in pairs),
@@ -71,12 +72,12 @@ async def _answers(url: str, gamma: int, concurrency: int, prompts: Sequence[Pro
     return [by_prompt[prompt] for prompt in prompts]
 
 
-def _gaps(places: Places, different: Sequence[tuple[Answer, Answer]]) -> list[float]:
-    """For each difference, the plain run's top-2 logit gap where the answers part."""
+def gaps_of(model_dir: Path, different: Sequence[tuple[Answer, Answer]]) -> list[float]:
+    """For each pair of different answers to a prompt, the first one's top-2 logit gap where the answers part."""
     if not different:
         return []
-    tokenizer = AutoTokenizer.from_pretrained(places.model)
-    model = AutoModelForCausalLM.from_pretrained(places.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     gaps: list[float] = []
     for plain, drafted in different:
         text = tokenizer.apply_chat_template(plain.prompt.messages, tokenize=False, add_generation_prompt=True)

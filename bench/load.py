@@ -4,6 +4,7 @@ Our engine adds `usage.tide` with the counts of speculation; a server without it
 """
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
@@ -36,6 +37,7 @@ class Answer:
     drafted: int = 0
     accepted: int = 0
     error: str = ""
+    arrived_s: tuple[float, ...] = ()  # time.monotonic() of each piece of text
 
     @property
     def tokens_per_s(self) -> float:
@@ -46,6 +48,12 @@ class Answer:
     def accept_length(self) -> float | None:
         """Tokens a step with drafting, the bonus token included; None without such steps."""
         return 1 + self.accepted / self.spec_steps if self.spec_steps else None
+
+
+def longest_gap(answers: Iterable[Answer], start_s: float, end_s: float) -> float:
+    """The longest silence of a stream that overlaps an interval of time.monotonic(), between two of its pieces; 0.0 without any."""
+    pairs = (pair for answer in answers for pair in itertools.pairwise(answer.arrived_s))
+    return max((after - before for before, after in pairs if after >= start_s and before <= end_s), default=0.0)
 
 
 def accept_length(answers: Iterable[Answer]) -> float:
@@ -92,7 +100,7 @@ async def ask(
     if token_ids:
         body["return_token_ids"] = True
     started = time.monotonic()
-    ttft, usage, text, ids = 0.0, {}, list[str](), list[int]()
+    usage, text, ids, arrived = dict[str, Any](), list[str](), list[int](), list[float]()
     error = ""
     try:
         async with http.stream("POST", "/v1/chat/completions", json=body, headers=dict(headers or {})) as response:
@@ -104,8 +112,8 @@ async def ask(
                     raise _Failed("the server reported an error in the stream")
                 for choice in event.get("choices", ()):
                     piece = choice.get("delta", {}).get("content") or ""
-                    if piece and not ttft:
-                        ttft = time.monotonic() - started
+                    if piece:
+                        arrived.append(time.monotonic())
                     text.append(piece)
                     ids.extend(choice.get("token_ids") or ())
                 usage = event.get("usage") or usage
@@ -118,7 +126,7 @@ async def ask(
         prompt,
         started,
         time.monotonic() - started,
-        ttft,
+        arrived[0] - started if arrived else 0.0,
         usage.get("completion_tokens", 0),
         "".join(text),
         tuple(ids),
@@ -126,6 +134,7 @@ async def ask(
         tide.get("drafted", 0),
         tide.get("accepted", 0),
         error,
+        tuple(arrived),
     )
 
 

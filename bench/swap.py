@@ -7,23 +7,19 @@ long a stream is silent, as its client sees it; loading and checking the new dra
 import argparse
 import asyncio
 import itertools
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import httpx
 import numpy as np
 
 from bench.configs import free_port
-from bench.load import client
+from bench.load import Load, Traffic, client, longest_gap
 from bench.model import DEFAULT
 from bench.report import Claim, at_most, publish
-from bench.traffic import DOMAINS, Prompt
+from bench.traffic import DOMAINS
 from tided.draft import checkpoint
 from tided.draft.init import init_draft
 from tided.draft.tensors import to_bf16, to_float32
@@ -34,15 +30,6 @@ SWAPS = 20
 EVERY_S = 2.0
 WINDOW_S = 1.0
 GAMMAS = [3]
-
-
-@dataclass
-class Seen:
-    """When pieces of answers arrived: (since the stream's previous piece, at), seconds; and what failed."""
-
-    gaps: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
-    failed: int = 0
-    finished: int = 0
 
 
 def second_draft(first: Path, directory: Path) -> Path:
@@ -72,30 +59,27 @@ async def measure(model: Path, swaps: int) -> list[Claim]:
             "--no-profile",
         )
         cores, _ = split_cores(1)
-        url, seen, pauses, calls = f"http://127.0.0.1:{port}", Seen(), list[float](), list[tuple[float, float]]()
+        url, pauses, calls = f"http://127.0.0.1:{port}", list[float](), list[tuple[float, float]]()
         async with LocalStack(work / "logs", lambda line: print(line, flush=True)) as stack, client(url) as http:
             await stack.start(Service("engine", "tided.engine.embedded.server", arguments, cores))
             (await http.post("/admin/gammas", json={"gammas": GAMMAS})).raise_for_status()
-            source = DOMAINS["code"].endless("train")
-            load = [asyncio.create_task(_serve(http, source, seen)) for _ in range(CONCURRENCY)]
-            await asyncio.sleep(EVERY_S)
-            for _ in range(swaps):
-                began_s = time.monotonic()
-                answer = await http.post("/admin/swap", json={"path": str(next(drafts))})
-                answer.raise_for_status()
-                pauses.append(1000 * answer.json()["seconds"])
-                calls.append((began_s, time.monotonic()))
+            async with Traffic(url, DOMAINS["code"].endless("train"), CONCURRENCY) as traffic:
                 await asyncio.sleep(EVERY_S)
-            for task in load:
-                task.cancel()
-            await asyncio.gather(*load, return_exceptions=True)
-    return _claims(seen, pauses, calls)
+                for _ in range(swaps):
+                    began_s = time.monotonic()
+                    answer = await http.post("/admin/swap", json={"path": str(next(drafts))})
+                    answer.raise_for_status()
+                    pauses.append(1000 * answer.json()["seconds"])
+                    calls.append((began_s, time.monotonic()))
+                    await asyncio.sleep(EVERY_S)
+                await traffic.pause()
+    return _claims(traffic.load, pauses, calls)
 
 
-def _claims(seen: Seen, pauses: list[float], calls: list[tuple[float, float]]) -> list[Claim]:
-    during = [1000 * _longest(seen, began, ended) for began, ended in calls]
+def _claims(load: Load, pauses: list[float], calls: list[tuple[float, float]]) -> list[Claim]:
+    during = [1000 * longest_gap(load.answers, began, ended) for began, ended in calls]
     # The same length of time right before each swap, when nothing is being loaded.
-    quiet = [1000 * _longest(seen, began - (ended - began) - WINDOW_S / 2, began) for began, ended in calls]
+    quiet = [1000 * longest_gap(load.answers, began - (ended - began) - WINDOW_S / 2, began) for began, ended in calls]
     waits = [with_swap - without for with_swap, without in zip(during, quiet, strict=True)]
     return [
         at_most("swap.pause", f"steps paused by a swap, the longest of {len(pauses)}", max(pauses), 100, "ms", pauses),
@@ -113,38 +97,8 @@ def _claims(seen: Seen, pauses: list[float], calls: list[tuple[float, float]]) -
             1000 * statistics.median(e - b for b, e in calls),
             "ms",
         ),
-        at_most("swap.failed", f"failed requests of {seen.finished + seen.failed}", seen.failed, 0),
+        at_most("swap.failed", f"failed requests of {len(load.answers)}", load.errors, 0),
     ]
-
-
-def _longest(seen: Seen, start_s: float, end_s: float) -> float:
-    """The longest silence that overlaps an interval; 0 when nothing arrived."""
-    return max((gap for gap, at_s in seen.gaps if at_s >= start_s and at_s - gap <= end_s), default=0.0)
-
-
-async def _serve(http: httpx.AsyncClient, source: Any, seen: Seen) -> None:
-    while True:
-        prompt: Prompt = next(source)
-        body = {"messages": prompt.messages, "max_tokens": prompt.max_tokens, "temperature": 0, "stream": True}
-        last_s: float | None = None
-        finish = ""
-        try:
-            async with http.stream("POST", "/v1/chat/completions", json=body) as response:
-                async for line in response.aiter_lines():
-                    if not line.startswith("data: {"):
-                        continue
-                    choice = json.loads(line[6:])["choices"][0]
-                    finish = choice["finish_reason"] or finish
-                    now_s = time.monotonic()
-                    if last_s is not None:
-                        seen.gaps.append((now_s - last_s, now_s))
-                    last_s = now_s
-        except httpx.HTTPError:
-            finish = ""
-        if finish in ("stop", "length"):
-            seen.finished += 1
-        else:
-            seen.failed += 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ import argparse
 import asyncio
 import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,17 +72,27 @@ async def measure(model: Path, pairs: dict[int, int]) -> list[Claim]:
     return claims
 
 
-async def _compare(urls: dict[str, str], concurrency: int, pairs: int) -> Claim:
+async def turns(urls: Mapping[str, str], concurrency: int, count: int, rest_s: float = 0.0) -> dict[str, list[float]]:
+    """Tokens/s of each server in `count` turns: all answer the same prompts, one server after the other, in an order that alternates.
+
+    `rest_s`: how long a server goes on using its core after its turn.
+    """
     source = DOMAINS["code"].endless("train")
-    rates: dict[str, list[float]] = {"on": [], "off": []}
-    for turn in range(pairs + 1):
+    rates: dict[str, list[float]] = {name: [] for name in urls}
+    for turn in range(count + 1):
         prompts = [_sized(prompt) for prompt in itertools.islice(source, concurrency)]
-        for name in ("on", "off") if turn % 2 else ("off", "on"):
+        for name in list(urls) if turn % 2 else list(urls)[::-1]:
+            await asyncio.sleep(rest_s)
             load = await each(urls[name], prompts, concurrency, ignore_eos=True)
             if load.errors:
-                raise RuntimeError(f"{load.errors} requests failed on the engine with the tap {name}")
-            if turn:  # the first turn warms both up
+                raise RuntimeError(f"{load.errors} requests failed on the server {name}")
+            if turn:  # the first turn warms all up
                 rates[name].append(load.tokens_per_s)
+    return rates
+
+
+async def _compare(urls: Mapping[str, str], concurrency: int, pairs: int) -> Claim:
+    rates = await turns(urls, concurrency, pairs)
     ratio = paired_ratio(rates["on"], rates["off"])
     return at_most(
         f"tap.cost.{concurrency}",

@@ -11,6 +11,8 @@ from tided.ctl.engine_args import command
 from tided.local import Service, split_cores
 
 BOOT_S = 900.0
+REST_S = 1.2
+"""vLLM's workers spin for a second after their last step: the next server's turn begins after that."""
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 STANDINS = CHECKOUT / "tests" / "standin" / "serve.py"
 """Starts SGLang with our stand-ins for its CPU kernels: real scheduler, worker and HTTP server, a speed that means nothing."""

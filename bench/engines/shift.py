@@ -28,7 +28,7 @@ from typing import Any
 from bench.configs import free_port, write_config
 from bench.control import Control
 from bench.engines.counters import drafted
-from bench.engines.servers import Engine, service
+from bench.engines.servers import REST_S, Engine, service
 from bench.engines.shift_plan import NONE, OWN, STATIC, TIDED, Part, Plan, smoke
 from bench.engines.shift_report import write_report
 from bench.load import NO_CAPTURE, Traffic, client, each
@@ -51,9 +51,9 @@ TIDED_ONLY = ("--speculative-config", "--middleware")
 class Arms(Control):
     """The servers: tided's and the one without a draft from the start, the frozen ones once there is a draft to freeze."""
 
-    def __init__(self, stack: LocalStack, config: Config) -> None:
+    def __init__(self, stack: LocalStack, plan: Plan, config: Config) -> None:
         super().__init__(config.daemon.socket_path)
-        self.config, self.urls = config, dict[str, str]()
+        self.plan, self.config, self.urls = plan, config, dict[str, str]()
         self._stack = stack
 
     @classmethod
@@ -61,7 +61,7 @@ class Arms(Control):
         """tided, its worker, its server and the plain one; returns when tided knows the draft that its engine serves."""
         config_file = WORK / "tided.toml"
         config = write_config(config_file, _changes(plan, model))
-        arms = cls(stack, config)
+        arms = cls(stack, plan, config)
         daemon, _, worker = services(config_file, config)
         await stack.start(daemon)
         await stack.start(worker)
@@ -70,13 +70,13 @@ class Arms(Control):
         await arms.has_draft()
         return arms
 
-    async def freeze(self, plan: Plan, served: Mapping[str, Any]) -> None:
+    async def freeze(self, served: Mapping[str, Any]) -> None:
         """Boots the two servers with a draft and a schedule that stay."""
         gammas = [max(1, served["gammas"][0]), *served["gammas"][1:]]
         fixed = {"method": "eagle3", "model": served["path"], "num_speculative_tokens": gammas[0]}
         own = {**fixed, "num_speculative_tokens": max(gammas), "num_speculative_tokens_per_batch_size": ranges(gammas)}
         for name, speculation in ((STATIC, fixed), (OWN, own)):
-            options = {**plan.options, "--middleware": None, "--speculative-config": json.dumps(speculation)}
+            options = {**self.plan.options, "--middleware": None, "--speculative-config": json.dumps(speculation)}
             await self._boot(Engine(name, tided=False, options=options))
 
     async def served(self) -> dict[str, Any]:
@@ -91,7 +91,11 @@ class Arms(Control):
     async def _boot(self, engine: Engine) -> None:
         port = free_port()
         await self._stack.start(service(self.config, engine, port))
-        self.urls[engine.name] = f"http://127.0.0.1:{port}"
+        url = self.urls[engine.name] = f"http://127.0.0.1:{port}"
+        # What a server does for the first time takes longer: batches of each size, of a domain that nobody is measured on.
+        for concurrency in self.plan.turns:
+            prompts = itertools.islice(prompts_of("json", "measure", 0, 0, self.plan.max_tokens), 2 * concurrency)
+            await each(url, prompts, concurrency, headers=NO_CAPTURE)
 
 
 def ranges(gammas: Sequence[int]) -> list[list[int]]:
@@ -153,6 +157,7 @@ async def block(
         units = [[prompt] for prompt in prompts] if concurrency == 1 else [prompts]
         answers: dict[str, list[tuple[Measured, int]]] = {}
         for arm in part.arms if number % 2 == 0 else part.arms[::-1]:
+            await asyncio.sleep(REST_S)
             answers[arm] = [await turn(arms.urls[arm], unit, concurrency, began_s) for unit in units]
         for index in range(len(units)):
             of_unit = {arm: answers[arm][index] for arm in part.arms}
@@ -238,7 +243,7 @@ async def study(plan: Plan, model: Path) -> None:
         arms = await Arms.start(stack, plan, model)
         for index in range(len(done), len(names)):
             if STATIC in plan.parts[index].arms and STATIC not in arms.urls:
-                await arms.freeze(plan, (parts.first(names[0]))[0]["served"])
+                await arms.freeze(parts.first(names[0])[0]["served"])
             part = await unless_ended(stack, run_part(arms, plan, index))
             part["resumed"] = bool(done) and index == len(done)
             parts.write(names[index], part)

@@ -4,6 +4,7 @@ import json
 import queue
 import shlex
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +24,11 @@ from tided.engine.vllm.boundary import StepBoundary
 from tided.engine.vllm.capture import Capture, Ending, StepRows
 from tided.engine.vllm.counts import Schedule, SchedulerCounts
 from tided.engine.vllm.optout import EXTRA_ARGUMENT, MARK, NoCapture, opted_out
+from tided.engine.vllm.remote import RemoteTap
 from tided.engine.vllm.settings import VllmSettings
-from tided.engine.vllm.worker import AttachRequest
+from tided.engine.vllm.worker import AttachRequest, Status
 from tided.model.errors import Refused, Unavailable
+from tided.model.records import TapTotals
 
 HIDDEN = 4
 WAKEUP = ("wake up", None)
@@ -392,3 +395,21 @@ def test_engine_args_print_a_command_that_a_shell_reads(tmp_path: Path) -> None:
     unknown = tidectl("--config", str(path), "engine-args", "nothing")
     assert unknown.code == 1
     assert "known are vllm" in unknown.err
+
+
+def test_a_worker_is_asked_only_when_there_is_something_to_learn() -> None:
+    steps, told = 0, [TapTotals(tapped=5, ring=5), TapTotals(tapped=5, sent=5)]
+    asked: list[str] = []
+
+    def ask(_: float, method: Callable[..., Any], *__: Any) -> list[Status]:
+        asked.append(method.__name__)
+        return [Status(told.pop(0), (), 0)]
+
+    tap = RemoteTap(ask, lambda: steps)
+    assert tap.totals() == TapTotals()
+    assert asked == []
+    steps = 1
+    assert tap.totals().ring == 5
+    assert tap.totals().sent == 5  # no step since, but rows were still on their way
+    assert tap.totals().sent == 5
+    assert asked == ["status", "status"]

@@ -69,7 +69,8 @@ class Session:
         self._tap = RemoteTap(
             lambda timeout_s, method, *args: self._boundary.call(
                 lambda: core.collective_rpc(method, args=args), timeout_s
-            )
+            ),
+            lambda: counts.scheduled,
         )
         self._control = VllmControl(
             core,

@@ -45,6 +45,7 @@ class SchedulerCounts:
         self._requests: dict[str, _Request] = {}
         self._began_s: dict[int, float] = {}  # by id of the scheduler output
         self._ended_s = 0.0
+        self.scheduled = 0  # steps so far, whoever they were for
         self.paused = False  # while a profile runs requests of its own
         self._hook_schedule()
         self._hook_update()
@@ -75,6 +76,7 @@ class SchedulerCounts:
         def schedule(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
             output = original(*args, **kwargs)
+            self.scheduled += 1
             if not self.paused and len(self._began_s) < 64:
                 self._began_s[id(output)] = began
             return output

@@ -14,10 +14,15 @@ _SOON_S = 0.5
 
 
 class RemoteTap:
-    """`ask(timeout_s, function, *args)` runs a worker function on every rank and gives their answers."""
+    """`ask(timeout_s, function, *args)` runs a worker function on every rank and gives their answers; `steps` counts the engine's.
 
-    def __init__(self, ask: Callable[..., list[Any]]) -> None:
-        self._ask = ask
+    A worker that nothing new can be learnt from is not asked: vLLM's workers spin for a second after each message, so that an idle
+    engine that is asked twice a second would keep a core busy.
+    """
+
+    def __init__(self, ask: Callable[..., list[Any]], steps: Callable[[], int]) -> None:
+        self._ask, self._steps = ask, steps
+        self._asked_at = 0
         self._capturing = False
         self._totals = TapTotals()
         self.broken: frozenset[str] = frozenset()
@@ -35,8 +40,11 @@ class RemoteTap:
 
     def totals(self) -> TapTotals:
         """Running totals; those known last when no worker can be asked soon: a heartbeat waits for this."""
-        with contextlib.suppress(TideError):
-            self.take(self._ask(_SOON_S, worker.status))
+        steps = self._steps()
+        if steps != self._asked_at or self._totals.ring:
+            with contextlib.suppress(TideError):
+                self.take(self._ask(_SOON_S, worker.status))
+                self._asked_at = steps
         return self._totals
 
     def take(self, ranks: list[Status]) -> None:
