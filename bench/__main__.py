@@ -1,23 +1,37 @@
-"""`python -m bench NAME...`: runs benches one after another, each in a process of its own; `all` and `loop` are groups."""
+"""`python -m bench NAME...`: runs benches one after another, each in a process of its own; `all`, `loop` and `engines` are groups.
+
+Those of group `engines` need the environments of `make engines`.
+"""
 
 import argparse
 import subprocess
 import sys
 
 LOOP = ("tap", "swap", "daemon", "trainer", "engine")
+ENGINES = (
+    "engines.tap",
+    "engines.tap sglang",
+    "engines.cost",
+    "engines.swaps",
+    "engines.swaps sglang",
+    "engines.shift",
+    "engines.shift sglang",
+)
 ALL = (*LOOP, "dataplane", "shift")
-GROUPS = {"all": ALL, "loop": LOOP}
+GROUPS = {"all": ALL, "loop": LOOP, "engines": ENGINES}
 
 
 def main() -> None:
     """Exit code 1 when a bench failed; the others run nevertheless."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("names", nargs="+", choices=(*GROUPS, *ALL), metavar="NAME", help=", ".join((*GROUPS, *ALL)))
+    parser.add_argument(
+        "names", nargs="+", choices=(*GROUPS, *ALL, *ENGINES), metavar="NAME", help=", ".join((*GROUPS, *ALL))
+    )
     wanted = [name for given in parser.parse_args().names for name in GROUPS.get(given, (given,))]
     failed: list[str] = []
     for name in dict.fromkeys(wanted):
         print(f"== {name}", flush=True)
-        if subprocess.run([sys.executable, "-m", f"bench.{name}"], check=False).returncode != 0:
+        if subprocess.run([sys.executable, "-m", *f"bench.{name}".split()], check=False).returncode != 0:
             failed.append(name)
     if failed:
         sys.exit(f"error: failed: {', '.join(failed)}")

@@ -29,8 +29,16 @@ class Drafted:
 
 
 async def drafted(http: httpx.AsyncClient) -> Drafted:
-    """vLLM's counters since its start; zeros from a server that does not speculate."""
+    """vLLM's or SGLang's counters since its start; zeros from a server that does not speculate.
+
+    SGLang (--enable-metrics) counts verifications and generated tokens, of which each request's first came from its prompt; what it
+    drafts it does not count. Its steps with nothing to draft are verifications too.
+    """
     text = (await http.get("/metrics")).text
+    verified = round(_sum(text, "sglang:spec_verify_calls_total"))
+    if verified:
+        generated = round(_sum(text, "sglang:generation_tokens_total") - _sum(text, "sglang:num_requests_total"))
+        return Drafted(verified, 0, generated - verified)
     return Drafted(*(round(_sum(text, name)) for name in _VLLM))
 
 

@@ -1,15 +1,16 @@
-"""The study of shifting traffic on real vLLM servers: what no speculation, a static draft, vLLM's own schedule and tided make of it.
+"""The study of shifting traffic on real servers: what no speculation, a static draft, vLLM's own schedule and tided make of it.
 
-`python -m bench.engines.shift` runs the parts that are missing, one after the other, and writes each part's raw figures under
-build/engines-shift/ and the report's claims as soon as it is done. Arms are separate servers on the same core, which have their turns
-in every block, forth and back: the others are idle meanwhile. tided and its worker are on the other core.
+`python -m bench.engines.shift [vllm|sglang]` runs the parts that are missing, one after the other; each part's raw figures are written
+under build/engines-shift-KIND/, and the report's claims, as soon as it is done. Arms are separate servers on the same core, which have
+their turns in every block, forth and back: the others are idle meanwhile. tided and its worker are on the other core.
 
     none    vLLM as it comes, without a draft
     static  the draft that tided served at the end of the first part, frozen, with as many drafted tokens as tided chose for batch size 1
     own     the same draft, with vLLM's own schedule by batch size, as tided had set it then
     tided   vLLM with tided in it, from a cold start
 
-Adaptation traffic goes to tided's server only, between the blocks; measurement prompts never occur in it, and are never tapped.
+On SGLang, whose CPU kernels are stand-ins, there are static and tided only, for acceptance and swaps. Adaptation traffic goes to tided's
+server alone, between the blocks; measurement prompts never occur in it, and are never tapped.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from bench.configs import free_port, write_config
 from bench.control import Control
 from bench.engines.counters import drafted
 from bench.engines.servers import REST_S, Engine, service
-from bench.engines.shift_plan import NONE, OWN, STATIC, TIDED, Part, Plan, smoke
+from bench.engines.shift_plan import NONE, OWN, PLANS, STATIC, TIDED, Part, Plan
 from bench.engines.shift_report import write_report
 from bench.load import NO_CAPTURE, Traffic, client, each
 from bench.model import DEFAULT
@@ -42,10 +43,9 @@ from tided.model.codec import to_plain
 from tided.model.errors import TideError
 from tided.model.records import EngineInfo
 
-WORK = Path("build") / "engines-shift"
 MEASURE_STRIDE = 500
 """A domain that comes again is measured on prompts so far behind those of its first part."""
-TIDED_ONLY = ("--speculative-config", "--middleware")
+NO_DRAFT: Mapping[str, str | None] = {"--speculative-config": None, "--middleware": None}
 
 
 class Arms(Control):
@@ -57,27 +57,30 @@ class Arms(Control):
         self._stack = stack
 
     @classmethod
-    async def start(cls, stack: LocalStack, plan: Plan, model: Path) -> "Arms":
+    async def start(cls, stack: LocalStack, plan: Plan, model: Path, work: Path) -> "Arms":
         """tided, its worker, its server and the plain one; returns when tided knows the draft that its engine serves."""
-        config_file = WORK / "tided.toml"
-        config = write_config(config_file, _changes(plan, model))
+        config_file = work / "tided.toml"
+        config = write_config(config_file, _changes(plan, model, work))
         arms = cls(stack, plan, config)
         daemon, _, worker = services(config_file, config)
         await stack.start(daemon)
         await stack.start(worker)
-        await arms._boot(Engine(TIDED, options=plan.options))
-        await arms._boot(Engine(NONE, tided=False, options={**plan.options, **dict.fromkeys(TIDED_ONLY)}))
+        await arms._boot(Engine(TIDED, plan.kind, options=plan.options))
+        if any(NONE in part.arms for part in plan.parts):
+            await arms._boot(Engine(NONE, plan.kind, tided=False, options={**plan.options, **NO_DRAFT}))
         await arms.has_draft()
+        if plan.gamma is not None:
+            fixed = {"mode": "fixed", "gamma": plan.gamma}
+            await asyncio.to_thread(arms.client.post, "/v1/policy", fixed)
         return arms
 
-    async def freeze(self, served: Mapping[str, Any]) -> None:
-        """Boots the two servers with a draft and a schedule that stay."""
+    async def freeze(self, arms: Sequence[str], served: Mapping[str, Any]) -> None:
+        """Boots the servers with a draft and a schedule that stay."""
         gammas = [max(1, served["gammas"][0]), *served["gammas"][1:]]
-        fixed = {"method": "eagle3", "model": served["path"], "num_speculative_tokens": gammas[0]}
-        own = {**fixed, "num_speculative_tokens": max(gammas), "num_speculative_tokens_per_batch_size": ranges(gammas)}
-        for name, speculation in ((STATIC, fixed), (OWN, own)):
-            options = {**self.plan.options, "--middleware": None, "--speculative-config": json.dumps(speculation)}
-            await self._boot(Engine(name, tided=False, options=options))
+        for name in arms:
+            if name in (STATIC, OWN):
+                change = frozen(self.plan.kind, served["path"], gammas, own=name == OWN)
+                await self._boot(Engine(name, self.plan.kind, tided=False, options={**self.plan.options, **change}))
 
     async def served(self) -> dict[str, Any]:
         """What tided's engine serves now: enough to freeze it."""
@@ -98,6 +101,26 @@ class Arms(Control):
             await each(url, prompts, concurrency, headers=NO_CAPTURE)
 
 
+def frozen(kind: str, draft: str, gammas: Sequence[int], *, own: bool) -> dict[str, str | None]:
+    """Options of a server without tided that drafts `gammas[0]` tokens at every batch size, or vLLM's own way by `gammas`."""
+    if kind == "sglang":
+        return {
+            "--speculative-adaptive": None,
+            "--speculative-adaptive-config": None,
+            "--speculative-draft-model-path": draft,
+            "--speculative-num-steps": str(gammas[0]),
+            "--speculative-num-draft-tokens": str(gammas[0] + 1),
+        }
+    speculation: dict[str, Any] = {
+        "method": "eagle3",
+        "model": draft,
+        "num_speculative_tokens": max(gammas) if own else gammas[0],
+    }
+    if own:
+        speculation["num_speculative_tokens_per_batch_size"] = ranges(gammas)
+    return {"--middleware": None, "--speculative-config": json.dumps(speculation)}
+
+
 def ranges(gammas: Sequence[int]) -> list[list[int]]:
     """vLLM's table [first batch size, last, drafted tokens] of a list by batch size."""
     found: list[list[int]] = []
@@ -109,9 +132,9 @@ def ranges(gammas: Sequence[int]) -> list[list[int]]:
     return found
 
 
-def _changes(plan: Plan, model: Path) -> dict[str, dict[str, Any]]:
+def _changes(plan: Plan, model: Path, work: Path) -> dict[str, dict[str, Any]]:
     changes: dict[str, dict[str, Any]] = {
-        "daemon": {"state_dir": str(WORK / "state")},
+        "daemon": {"state_dir": str(work / "state")},
         "target": {"path": str(model.absolute())},
         "engine": {
             "id": TIDED,
@@ -222,7 +245,7 @@ def _say(part: Part, logs: Mapping[int, TurnLog], moments: Sequence[Mapping[str,
             if arm != NONE
         )
         for concurrency, log in logs.items()
-        if log.pairs
+        if log.pairs and NONE in part.arms
     )
     print(
         f"part {part.name} ({part.domain}) {at_s:4.0f}/{part.seconds:.0f} s: over none {ratios} | gammas {now.get('gammas')},"
@@ -231,42 +254,60 @@ def _say(part: Part, logs: Mapping[int, TurnLog], moments: Sequence[Mapping[str,
     )
 
 
-async def study(plan: Plan, model: Path) -> None:
+@dataclass(frozen=True)
+class Places:
+    """Where the study of one plan reads and writes, by the plan's name."""
+
+    name: str
+
+    @property
+    def work(self) -> Path:
+        return Path("build") / f"engines-shift-{self.name}"
+
+    def done(self, plan: Plan) -> list[dict[str, Any]]:
+        """The parts that have run, in order."""
+        return Parts(self.work, plan.digest).first(*(part.name for part in plan.parts))
+
+    def report(self, plan: Plan) -> Path:
+        """Written from the parts that have run."""
+        return write_report(f"engines-shift-{self.name}", plan, self.done(plan))
+
+
+async def study(plan: Plan, places: Places, model: Path) -> None:
     """Every part that is missing. Raises `TideError` when a process of the stack could not start, or ended."""
-    parts, names = Parts(WORK, plan.digest), [part.name for part in plan.parts]
-    done = parts.first(*names)
-    if len(done) == len(names):
+    done = len(places.done(plan))
+    if done == len(plan.parts):
         return
     if not done:
-        shutil.rmtree(WORK, ignore_errors=True)
-    async with LocalStack(WORK / "logs", lambda line: print(line, flush=True)) as stack:
-        arms = await Arms.start(stack, plan, model)
-        for index in range(len(done), len(names)):
-            if STATIC in plan.parts[index].arms and STATIC not in arms.urls:
-                await arms.freeze(parts.first(names[0])[0]["served"])
-            part = await unless_ended(stack, run_part(arms, plan, index))
-            part["resumed"] = bool(done) and index == len(done)
-            parts.write(names[index], part)
-            write_report(plan, parts.first(*names))
+        shutil.rmtree(places.work, ignore_errors=True)
+    async with LocalStack(places.work / "logs", lambda line: print(line, flush=True)) as stack:
+        arms = await Arms.start(stack, plan, model, places.work)
+        for index, part in enumerate(plan.parts[done:], start=done):
+            missing = [name for name in part.arms if name not in arms.urls]
+            if missing:
+                await arms.freeze(missing, places.done(plan)[0]["served"])
+            raw = await unless_ended(stack, run_part(arms, plan, index))
+            Parts(places.work, plan.digest).write(part.name, {**raw, "resumed": bool(done) and index == done})
+            places.report(plan)
 
 
 def main() -> None:
-    """`python -m bench.engines.shift [--size smoke] [--report]`."""
+    """`python -m bench.engines.shift [vllm|sglang|smoke] [--report]`."""
     parser = argparse.ArgumentParser(prog="python -m bench.engines.shift", description=__doc__)
-    parser.add_argument("--size", choices=("full", "smoke"), default="full")
+    parser.add_argument("plan", nargs="?", choices=list(PLANS), default="vllm")
     parser.add_argument("--model", type=Path, default=DEFAULT)
     parser.add_argument("--report", action="store_true", help="only write the report again, from the raw parts")
     options = parser.parse_args()
-    plan = Plan() if options.size == "full" else smoke()
+    plan, places = PLANS[options.plan](), Places(options.plan)
     if not options.report:
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         try:
-            asyncio.run(study(plan, options.model))
+            asyncio.run(study(plan, places, options.model))
         except TideError as exc:
             sys.exit(f"error: {exc}")
         except KeyboardInterrupt:
             sys.exit("stopped; run it again to go on with the parts that are missing")
-    print(f"report: {write_report(plan, Parts(WORK, plan.digest).first(*(part.name for part in plan.parts)))}")
+    print(f"report: {places.report(plan)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The sizes of the study of shifting traffic on vLLM. One plan, one report: a part that was run under another is not reused."""
+"""The sizes of the study of shifting traffic on real servers. One plan, one report: a part that another plan ran is not reused."""
 
 import hashlib
 import json
@@ -25,7 +25,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that the figures depend on. `turns`: prompts of one turn by its concurrency."""
+    """Everything that the figures depend on. `turns`: prompts of one turn by its concurrency; `gamma`: drafted tokens whatever the
+    figures say, or None for the policy's choice."""
+
+    kind: str = "vllm"
 
     parts: tuple[Part, ...] = (
         Part("learn", "code", 660, (NONE, TIDED), 45.0, 15.0),
@@ -35,11 +38,12 @@ class Plan:
     turns: Mapping[int, int] = field(default_factory=lambda: {1: 3, 8: 16, 16: 32})
     adapt_concurrency: int = 8
     gamma_max: int = 4
+    gamma: int | None = None
     dtype: str = "bfloat16"
     max_tokens: int = 64
     max_batch: int = 16
     max_context: int = 512
-    options: Mapping[str, str] = field(default_factory=dict[str, str])
+    options: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
     changes: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {
             "training": {"min_rows": 8000, "budget_s": 120.0, "cool_down_s": 5.0, "short_window": 24},
@@ -52,6 +56,29 @@ class Plan:
     def digest(self) -> str:
         """Identifies the plan in the parts that were run under it."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sglang() -> Plan:
+    """SGLang with stand-in CPU kernels: acceptance and swaps. Its speed means nothing: no arm without speculation, and always drafting."""
+    return Plan(
+        kind="sglang",
+        parts=(
+            Part("learn", "code", 420, (TIDED,), 60.0, 30.0),
+            Part("drift", "french", 540, (STATIC, TIDED), 60.0, 30.0),
+        ),
+        turns={1: 2, 8: 8},
+        gamma_max=3,
+        gamma=3,
+        dtype="float32",
+        max_batch=8,
+        max_tokens=48,
+        options={"--enable-metrics": ""},
+        changes={
+            "training": {"min_rows": 3000, "budget_s": 90.0, "cool_down_s": 5.0, "short_window": 24},
+            "samples": {"held_out_fraction": 0.35, "shard_age_s": 4.0, "shard_rows": 1024},
+            "gate": {"min_requests": 20, "min_tokens": 800},
+        },
+    )
 
 
 def smoke() -> Plan:
@@ -71,3 +98,6 @@ def smoke() -> Plan:
             "gate": {"min_requests": 3, "min_tokens": 60},
         },
     )
+
+
+PLANS = {"vllm": Plan, "sglang": sglang, "smoke": smoke}
