@@ -13,7 +13,6 @@ from tests.control import Control, leading, settings, store_samples, variant
 from tests.dataplane import Producer, collector_process, store_at, stored_rows, tokens_of
 from tests.engine_double import EngineDouble, describe_double, running_double
 from tests.support import eventually
-from tests.tiny import make_draft, make_target
 from tided.backends.redis import RedisBackend
 from tided.draft.reference import sequences
 from tided.model.errors import Refused, Unavailable
@@ -26,22 +25,13 @@ from tided.store.ledger import read_ledger
 from tided.store.samples import Split
 from tided.training.reference import make_reference
 
+pytest_plugins = ("tests.tiny_fixtures",)
 pytestmark = pytest.mark.real
 GOOD = tuple(
     Check(name, CheckOutcome.OK, "fine")
     for name in ("token ids", "token alignment", "layer ids", "norms", "dtype", "accuracy")
 )
 BAD = (Check("layer ids", CheckOutcome.FAILED, "layer 3, not 2"),)
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
-    return make_draft(target, tmp_path_factory.mktemp("drafts") / "0", draft_vocab=64)
 
 
 @dataclass
@@ -62,12 +52,6 @@ class Scene:
             return await self.state() is wanted
 
         await eventually(reached, timeout_s=60)
-
-    async def converge(self) -> None:
-        async def nothing() -> bool:
-            return await self.control.cycle() == []
-
-        await eventually(nothing, timeout_s=60)
 
     async def make_reference(self) -> None:
         """Do the reference job as a worker does."""
@@ -122,7 +106,7 @@ async def test_nothing_is_captured_or_swapped_before_the_verdict(
 ) -> None:
     async with scene_of(valkey, tmp_path, with_url(target, first), target, monkeypatch) as scene:
         control = scene.control
-        await scene.converge()
+        await scene.control.converge()
         assert await scene.state() is VerificationState.PENDING
         assert "SetCapture" not in scene.engine.kinds()
         [job] = await control.context.jobs.list(10, (JobState.QUEUED,))
@@ -138,7 +122,7 @@ async def test_nothing_is_captured_or_swapped_before_the_verdict(
         await scene.until(VerificationState.VERIFIED)
         found = await aside.read_aside(control.context.redis, "double")
         assert found.incarnations == frozenset(), "its rows may train"
-        await scene.converge()
+        await scene.control.converge()
         assert scene.engine.info.capturing
         assert await control.cycle() == []
         assert [event.subject for event in await control.events("engine-verified")] == ["double"]
@@ -158,7 +142,7 @@ async def test_during_the_probes_every_row_is_set_aside(
         assert found.incarnations == {scene.engine.info.incarnation}
         assert set(scene.engine.info.gammas) <= {0, *selftest.PROBE_GAMMAS}
         await scene.until(VerificationState.UNVERIFIED)
-        await scene.converge()
+        await scene.control.converge()
         assert not scene.engine.info.capturing
         [problem] = [text for text in (await scene.control.plane.status()).problems if "not verified" in text]
         assert "no answer" in problem
@@ -190,7 +174,7 @@ async def test_probes_are_drafted_for_with_a_number_that_the_engine_can_reach(
         await scene.make_reference()
         await scene.until(VerificationState.VERIFIED)
         assert asked[:2] == [(2,), (3,)]
-        await scene.converge()
+        await scene.control.converge()
         assert set(scene.engine.info.gammas) == {0}, "the policy's again"
 
 
@@ -201,7 +185,7 @@ async def test_a_mismatch_fails_closed_and_a_restart_is_tested_anew(
         scene.answers[:] = [BAD]
         await scene.make_reference()
         await scene.until(VerificationState.MISMATCH)
-        await scene.converge()
+        await scene.control.converge()
         assert not scene.engine.info.capturing
         draft = await scene.control.plane.init_draft(target, "tiny", "uid:0")
         with pytest.raises(Refused, match="layer 3, not 2"):
@@ -216,13 +200,13 @@ async def test_unverified_engines_train_only_where_that_is_allowed(
 ) -> None:
     info = describe_double(target, first)
     async with scene_of(valkey, tmp_path, info, target, monkeypatch) as scene:
-        await scene.converge()
+        await scene.control.converge()
         assert await scene.state() is VerificationState.UNVERIFIED
         assert not scene.engine.info.capturing
         context = scene.control.context
         allowed = context.config.self_test.model_copy(update={"allow_unverified": True})
         context.config = context.config.model_copy(update={"self_test": allowed})
-        await scene.converge()
+        await scene.control.converge()
         assert scene.engine.info.capturing
 
 
@@ -232,13 +216,13 @@ async def test_an_engine_that_cannot_be_probed_is_listened_to(
     """Its first real samples, whose last states predict nothing, are found out and thrown away."""
     info = describe_double(target, first)
     async with scene_of(valkey, tmp_path, info, target, monkeypatch, allow_unverified=True) as scene:
-        await scene.converge()
+        await scene.control.converge()
         assert scene.engine.info.capturing
         context = scene.control.context
         store_samples(context.config, target, "double", 4, 2, created_ms=await context.now_ms() + 1)
         assert context.samples.rows(Split.TRAIN) == 100
         await scene.until(VerificationState.MISMATCH)
-        await scene.converge()
+        await scene.control.converge()
         assert not scene.engine.info.capturing
         assert context.samples.rows(Split.TRAIN) == context.samples.rows(Split.HELD_OUT) == 0
         assert context.samples.ledger().tested == 150
