@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from tests.tiny import VOCAB, make_target
 from tided.api.client import Client
-from tided.model.records import Event
+from tided.model.records import Check, CheckOutcome, Event, VerificationState
 from tided.model.status import EngineStatus
+from tided.services import acceptance
 
 TEMPLATES = ("add {} and {} please", "write {} then {} now", "is {} more than {}?", "list {} of {} items")
 CLIENTS = 4
@@ -117,6 +119,23 @@ async def drafting(client: Client) -> EngineStatus | None:
     """The only engine's status, once it drafts by itself and tokens are accepted."""
     engine = (await asyncio.to_thread(client.status)).engines[0]
     return engine if any(engine.info.gammas) and engine.accept_length else None
+
+
+async def verified(client: Client) -> EngineStatus | None:
+    """The engine's status once its self-test has passed; fails at once when it has not."""
+    engines = (await asyncio.to_thread(client.status)).engines
+    verdict = engines[0].verification if engines else None
+    if verdict is not None and verdict.state is VerificationState.MISMATCH:
+        pytest.fail(verdict.reason)
+    return engines[0] if verdict is not None and verdict.state is VerificationState.VERIFIED else None
+
+
+async def accepting(client: Client) -> Check | None:
+    """The self-test's word that the draft which serves accepts what the same draft accepts offline."""
+    engine = await verified(client)
+    checks = engine.verification.checks if engine is not None and engine.verification is not None else ()
+    found = [check for check in checks if check.name == acceptance.NAME and check.outcome is CheckOutcome.OK]
+    return found[0] if found else None
 
 
 def shown(events: list[Event]) -> str:

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from bench.configs import free_port, write_config
-from tests.loop import complete, drafting, event, make_cyclic_target, make_prompts, sections, shown, traffic
+from tests.loop import accepting, complete, drafting, event, make_cyclic_target, make_prompts, sections, shown, traffic
 from tests.support import eventually
 from tided.api.client import Client
 from tided.draft import checkpoint
@@ -35,6 +35,7 @@ async def test_the_loop_closes(tmp_path: Path) -> None:
             first = (await _engine(client)).info.version
             async with traffic(url, failures):
                 live = await eventually(lambda: event(client, "draft-live"), timeout_s=300, poll_s=0.25)
+                await eventually(lambda: accepting(client), timeout_s=120, poll_s=0.25)
                 served = await eventually(lambda: drafting(client), timeout_s=120, poll_s=0.25)
             after = [await complete(http, prompt) for prompt in asked]
         status = await asyncio.to_thread(client.status)

@@ -10,6 +10,8 @@ from tided.ctl.engine_args import EngineCommand
 
 class SglangServer(EngineServer):
     kind = "sglang"
+    profiled = False
+    """Whether latency is measured at start: without that, nothing is drafted by choice; with it, a start takes longer."""
 
     def command(self) -> EngineCommand:
         printed = super().command()
@@ -23,8 +25,7 @@ class SglangServer(EngineServer):
         words = (word for option in standin.items() for word in option)
         switches = ("--skip-server-warmup", "--sleep-on-idle")
         serve = str(CHECKOUT / "tests" / "standin" / "serve.py")
-        # Its profile would say how slow the stand-ins are.
-        environment = printed.environment | {"TIDED_PROFILE": "0"}
+        environment = printed.environment | {"TIDED_PROFILE": str(int(self.profiled))}
         return replace(printed, environment=environment, arguments=(python, serve, *options, *words, *switches))
 
     async def complete(
