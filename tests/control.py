@@ -9,6 +9,7 @@ import numpy as np
 
 from tests.conftest import Valkey
 from tests.shards import Sample, write_shard
+from tests.support import eventually
 from tided.config import Config, parse
 from tided.draft import checkpoint
 from tided.draft.target import describe
@@ -33,6 +34,14 @@ class Control:
 
     async def cycle(self) -> list[str]:
         return await self.controller.cycle()
+
+    async def converge(self) -> None:
+        """Cycle until a cycle has nothing to do."""
+
+        async def nothing() -> bool:
+            return await self.cycle() == []
+
+        await eventually(nothing)
 
     async def events(self, *kinds: str) -> list[Event]:
         return [event for event in await self.context.events.read("0", 1000) if not kinds or event.kind in kinds]

@@ -9,7 +9,6 @@ import pytest
 from tests.conftest import Valkey
 from tests.engine_double import EngineDouble, Swaps, describe_double, running_double
 from tests.support import eventually
-from tests.tiny import make_draft, make_target
 from tided.backends.base import SwapDone, require
 from tided.backends.redis import RedisBackend
 from tided.backends.registry import backend_for
@@ -19,6 +18,7 @@ from tided.model.records import Capability
 from tided.store.client import connect
 from tided.store.engines import EngineStore
 
+pytest_plugins = ("tests.tiny_fixtures",)
 pytestmark = pytest.mark.real
 
 
@@ -40,24 +40,14 @@ class Scene:
         return await eventually(lambda: self.backend.swap_outcome(version, command))
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def draft(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
-    return make_draft(target, tmp_path_factory.mktemp("drafts") / "0", draft_vocab=64)
-
-
 @pytest.fixture
-async def scene(valkey: Valkey, target: Path, draft: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
+async def scene(valkey: Valkey, target: Path, first: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
     monkeypatch.setattr("tided.backends.redis.QUICK_S", 60.0)
     redis = connect(valkey.url)
     store = EngineStore(redis)
-    async with running_double(valkey, describe_double(target, draft)) as engine:
+    async with running_double(valkey, describe_double(target, first)) as engine:
         await eventually(store.list)
-        yield Scene(engine, RedisBackend(engine.info.engine, store), store, draft)
+        yield Scene(engine, RedisBackend(engine.info.engine, store), store, first)
     await redis.aclose()
 
 
@@ -98,8 +88,8 @@ async def test_an_outcome_that_is_not_there_yet_is_none(scene: Scene) -> None:
     assert await scene.backend.swap_outcome("0" * 64, "cmd-none") is None
 
 
-def test_the_adapter_follows_the_kind_and_capabilities_are_required(target: Path, draft: Path, valkey: Valkey) -> None:
-    info = describe_double(target, draft)
+def test_the_adapter_follows_the_kind_and_capabilities_are_required(target: Path, first: Path, valkey: Valkey) -> None:
+    info = describe_double(target, first)
     store = EngineStore(connect(valkey.url))
     assert type(backend_for(info, store)) is TransformersBackend
     assert type(backend_for(replace(info, kind="other"), store)) is RedisBackend

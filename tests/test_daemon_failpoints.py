@@ -12,7 +12,6 @@ from tests.control import store_samples, variant
 from tests.daemon_run import tided
 from tests.engine_double import describe_double, running_double
 from tests.support import eventually
-from tests.tiny import make_draft, make_target
 from tided.api.client import Client
 from tided.draft import checkpoint
 from tided.model.records import DeploymentState, Evaluation, JobKind, JobResult
@@ -20,6 +19,7 @@ from tided.model.status import EngineStatus
 from tided.store.client import connect
 from tided.store.jobs import JobStore
 
+pytest_plugins = ("tests.tiny_fixtures",)
 pytestmark = pytest.mark.real
 ENGINE = "double"
 FAILPOINTS = (
@@ -34,16 +34,6 @@ FAILPOINTS = (
     "deployer.live",
     "dispatcher.retired",
 )
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
-    return make_draft(target, tmp_path_factory.mktemp("drafts") / "0", draft_vocab=64)
 
 
 async def work(url: str, first: Path, root: Path, stop: asyncio.Event) -> None:

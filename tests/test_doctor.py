@@ -12,21 +12,11 @@ from tests.control import Control, leading, settings, store_draft
 from tests.ctl_run import tidectl_at
 from tests.engine_double import describe_double, running_double
 from tests.support import eventually
-from tests.tiny import make_draft, make_target
 from tided.model.records import Check, CheckOutcome, Finding, JobKind, WorkerInfo
 from tided.wire import keys
 
+pytest_plugins = ("tests.tiny_fixtures",)
 pytestmark = pytest.mark.real
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
-    return make_draft(target, tmp_path_factory.mktemp("drafts") / "0", draft_vocab=64)
 
 
 async def looked_over(control: Control) -> dict[str, dict[str, Check]]:

@@ -1,17 +1,16 @@
 """Three engines on two targets, real processes: two share samples, one training and its draft; the third has its own of each."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
+from typing import Any
 
-import httpx
 import pytest
 
 from bench.configs import free_port, write_config
+from tests.loop import make_cyclic_target, sections, traffic
 from tests.support import eventually
-from tests.test_end_to_end import complete, make_cyclic_target, make_prompts
-from tests.tiny import VOCAB, make_target
+from tests.tiny import make_target
 from tided.api.client import Client
 from tided.config import Config, load
 from tided.local import LocalStack, Service
@@ -27,33 +26,12 @@ ENGINES = {"one": "cyclic", "two": "cyclic", "odd": "plain"}
 
 def configure(root: Path, targets: dict[str, Path]) -> tuple[Path, Config]:
     path = root / "config.toml"
-    write_config(
-        path,
-        {
-            "daemon": {"state_dir": str(root / "s"), "cycle_s": 0.2, "lease_ttl_s": 30.0},
-            "engine": {
-                "dtype": "float32",
-                "max_batch": 4,
-                "max_context": 160,
-                "report_interval_s": 0.2,
-            },
-            "self_test": {"enabled": False},
-            "samples": {"held_out_fraction": 0.3, "shard_rows": 512, "shard_age_s": 1.0},
-            "speculation": {"probe_every_s": 1.0, "dwell_steps": 8, "margin": 0.0, "hysteresis": 0.0},
-            "training": {
-                "min_rows": 2500,
-                "short_window": 8,
-                "long_window": 64,
-                "cool_down_s": 600.0,
-                "budget_s": 90.0,
-                "draft_vocab": VOCAB,
-            },
-            "gate": {"min_requests": 12, "min_tokens": 400},
-            "deployment": {"watch_s": 2.0},
-            "worker": {"drain_s": 2.0},
-        },
-        None,
-    )
+    changes: dict[str, dict[str, Any]] = {
+        "self_test": {"enabled": False},
+        "training": {"cool_down_s": 600.0, "budget_s": 90.0},
+        "deployment": {"watch_requests": 20, "watch_s": 2.0},
+    }
+    write_config(path, sections(root, **changes), None)
     with path.open("a") as file:
         for name, directory in targets.items():
             file.write(f'\n[[target]]\nname = "{name}"\npath = "{directory}"\n')
@@ -84,13 +62,13 @@ async def test_two_of_three_engines_share_everything_but_their_schedule(tmp_path
         await asyncio.gather(*(stack.start(service) for service in (*engines, worker)))
         async with AsyncExitStack() as serving:
             for number, name in enumerate(ENGINES):
-                await serving.enter_async_context(traffic(f"http://127.0.0.1:{ports[name]}", number, failures))
+                await serving.enter_async_context(two_clients(ports[name], number, failures))
             await eventually(lambda: training(client), timeout_s=240, poll_s=0.25)
         # The trainer has the machine for itself: its budget is in seconds. Without traffic a watch ends by time.
         await eventually(lambda: shared(client), timeout_s=240, poll_s=0.25)
         async with AsyncExitStack() as serving:
             for number, name in enumerate(ENGINES, start=len(ENGINES)):
-                await serving.enter_async_context(traffic(f"http://127.0.0.1:{ports[name]}", number, failures))
+                await serving.enter_async_context(two_clients(ports[name], number, failures))
             status = await eventually(lambda: drafting(client), timeout_s=240, poll_s=0.25)
         jobs = await asyncio.to_thread(client.get, "/v1/jobs")
         events = await asyncio.to_thread(client.events, "0", 1000)
@@ -121,26 +99,9 @@ async def test_two_of_three_engines_share_everything_but_their_schedule(tmp_path
     assert odd.training.rows > 0
 
 
-@asynccontextmanager
-async def traffic(url: str, number: int, failures: list[str]) -> AsyncGenerator[None]:
-    """Two clients of one engine, whose prompts no other engine gets, until the body ends."""
-
-    async def one(client: httpx.AsyncClient, seed: int) -> None:
-        for prompt in make_prompts(100_000, seed):
-            try:
-                await complete(client, prompt)
-            except (httpx.HTTPError, AssertionError) as exc:
-                failures.append(repr(exc))
-                return
-
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
-        tasks = [asyncio.create_task(one(client, 10 * number + seed)) for seed in range(2)]
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+def two_clients(port: int, number: int, failures: list[str]) -> AbstractAsyncContextManager[None]:
+    """Traffic of one engine whose prompts no other `number` gives."""
+    return traffic(f"http://127.0.0.1:{port}", failures, (10 * number, 10 * number + 1))
 
 
 def engine_of(status: Status, name: str) -> EngineStatus:

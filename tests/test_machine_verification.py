@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tided.machine.verification import (
     Announce,
     Connected,
+    DraftServed,
     Listened,
     Probed,
     ProbeFailed,
@@ -76,6 +77,11 @@ def test_what_could_not_be_looked_at_is_not_verified() -> None:
     assert (where(state), state.reason) == (("unverified", "done"), "layer ids: a prefix cache")
 
 
+def test_checks_that_were_not_made_are_not_passed() -> None:
+    assert where(after(ReferenceFound(5), Probed(9, 1, GOOD[:-1]))) == ("unverified", "done")
+    assert where(after(ReferenceFound(5), Probed(9, 1, ()))) == ("unverified", "done")
+
+
 def test_probes_are_repeated_and_then_given_up_for_a_while() -> None:
     once = after(ReferenceFound(5), ProbeFailed(6, 1, "no answer"))
     assert (where(once), once.attempt) == (("pending", "probing"), 2)
@@ -93,6 +99,34 @@ def test_an_engine_that_cannot_be_probed_is_listened_to() -> None:
     assert announced == (Announce("engine-unverified", "it tells no URL"),)
     assert where(step(state, Listened(9, GOOD), RULES)[0]) == ("unverified", "done")
     assert where(step(state, Listened(9, BAD), RULES)[0]) == ("mismatch", "done")
+
+
+TAKEN = Check("draft acceptance", CheckOutcome.OK, "as it must")
+REFUSED = Check("draft acceptance", CheckOutcome.FAILED, "not at all")
+UNTOLD = Check("draft acceptance", CheckOutcome.SKIPPED, "version 0")
+
+
+def test_a_draft_of_which_more_can_be_told_is_looked_at_and_the_verdict_holds_meanwhile() -> None:
+    zero = after(ReferenceFound(5), Probed(9, 1, (*GOOD, UNTOLD), "v0"))
+    assert step(zero, DraftServed(20, "v0"), RULES)[0] == zero, "that is the one which was probed"
+    again = step(zero, DraftServed(20, "v1"), RULES)[0]
+    assert where(again) == ("verified", "probing")
+    assert (again.attempt, again.started_ms) == (2, 20)
+    good, announced = step(again, Probed(30, 2, (TAKEN,), "v1", accepted=True), RULES)
+    assert (where(good), good.checks, announced) == (("verified", "done"), (*GOOD, TAKEN), ())
+    assert step(good, DraftServed(40, "v2"), RULES)[0] == good, "one is enough"
+    bad, announced = step(again, Probed(30, 2, (REFUSED,), "v1"), RULES)
+    assert (where(bad), bad.reason) == (("mismatch", "done"), "not at all")
+    assert [item.kind for item in announced] == ["engine-mismatch"]
+
+
+@pytest.mark.parametrize("event", [ProbeFailed(30, 2, "no answer"), TimePassed(70)])
+def test_a_second_look_that_gives_nothing_takes_nothing_away(event: VerificationEvent) -> None:
+    zero = after(ReferenceFound(5), Probed(9, 1, (*GOOD, UNTOLD), "v0"))
+    state, announced = step(step(zero, DraftServed(20, "v1"), RULES)[0], event, RULES)
+    assert (where(state), state.checks, announced) == (("verified", "done"), zero.checks, ())
+    assert step(state, DraftServed(80, "v1"), RULES)[0] == state
+    assert where(step(state, DraftServed(80, "v2"), RULES)[0]) == ("verified", "probing")
 
 
 def test_a_new_incarnation_begins_anew() -> None:
@@ -113,6 +147,7 @@ _EVENTS = st.one_of(
     st.builds(ReferenceFailed, _TIMES, st.just("no")),
     st.builds(Probed, _TIMES, st.integers(0, 3), _CHECKS),
     st.builds(ProbeFailed, _TIMES, st.integers(0, 3), st.just("no")),
+    st.builds(DraftServed, _TIMES, st.sampled_from(("v0", "v1"))),
     st.builds(Listened, _TIMES, _CHECKS),
     st.builds(TimePassed, _TIMES),
 )

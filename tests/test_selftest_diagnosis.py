@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import VOCAB, make_target
 from tided.draft import reference
 from tided.draft.reference import FILE, Reference, sequences
-from tided.draft.target import describe
+from tided.draft.target import describe, read_tensor
 from tided.draft.tensors import to_bf16, to_float32
 from tided.model.records import Check, CheckOutcome, JobKind, JobSpec, TargetInfo
 from tided.services import diagnosis
 from tided.services.diagnosis import Probed, Shape, Tapped
+from tided.services.embeddings import resemble
 from tided.training.reference import make_reference
 
 LAYERS = 8
@@ -265,3 +266,34 @@ def test_what_a_prefix_cache_hides_is_skipped_not_failed(scene: Scene) -> None:
 
 def _unit(values: NDArray[Any]) -> NDArray[Any]:
     return values / np.linalg.norm(values, axis=-1, keepdims=True)
+
+
+def like_embeddings(scene: Scene, shift: int, noise: float) -> list[Tapped]:
+    """Requests whose lowest states are the embeddings of the tokens `shift` positions on, and noise."""
+    draw = np.random.default_rng(5)
+    table = to_float32(read_tensor(scene.path, "model.embed_tokens.weight"))
+    found: list[Tapped] = []
+    for probe in scene.probes:
+        tapped, bits = probe.tapped, probe.tapped.bits.copy()
+        for i, position in enumerate(tapped.positions.tolist()):
+            known = table[tapped.tokens.get(position + shift, 0)]
+            bits[i, 0] = to_bf16(known + noise * np.abs(table).mean() * draw.normal(size=known.shape))
+        found.append(replace(tapped, bits=bits))
+    return found
+
+
+def test_states_that_resemble_their_tokens_embeddings_are_at_their_tokens(scene: Scene) -> None:
+    check = resemble(scene.path, like_embeddings(scene, 0, 2.0))
+    assert check.outcome is CheckOutcome.OK, check.measured
+
+
+@pytest.mark.parametrize(("shift", "said"), [(-1, "one position late"), (1, "one position early")])
+def test_states_that_resemble_a_neighbours_embedding_are_not(scene: Scene, shift: int, said: str) -> None:
+    check = resemble(scene.path, like_embeddings(scene, shift, 2.0))
+    assert check.outcome is CheckOutcome.FAILED
+    assert said in check.measured
+
+
+def test_states_that_resemble_no_embedding_say_nothing(scene: Scene) -> None:
+    for tapped in (like_embeddings(scene, 0, 1e3), [probe.tapped for probe in scene.probes], []):
+        assert resemble(scene.path, tapped).outcome is CheckOutcome.SKIPPED

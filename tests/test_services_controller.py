@@ -11,7 +11,7 @@ from tests.conftest import Valkey
 from tests.control import Control, leading, settings, store_samples, variant
 from tests.engine_double import EngineDouble, describe_double, running_double
 from tests.support import eventually
-from tests.tiny import make_draft, make_target
+from tests.tiny import make_target
 from tided.draft import checkpoint
 from tided.machine.collection import Collection, Phase
 from tided.model.errors import Refused, Superseded, Unavailable
@@ -29,18 +29,9 @@ from tided.services.dispatcher import Dispatcher
 from tided.store.jobs import Claim
 from tided.store.samples import Split
 
+pytest_plugins = ("tests.tiny_fixtures",)
 pytestmark = pytest.mark.real
 ENGINE = "double"
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
-    return make_draft(target, tmp_path_factory.mktemp("drafts") / "0", draft_vocab=64)
 
 
 @dataclass
@@ -50,14 +41,6 @@ class Scene:
     target: Path
     first: Path
     root: Path
-
-    async def converge(self) -> None:
-        """Cycle until a cycle has nothing to do."""
-
-        async def nothing() -> bool:
-            return await self.control.cycle() == []
-
-        await eventually(nothing)
 
     def samples(self, train: int = 20, held_out: int = 10, created_ms: int = 1_000) -> None:
         store_samples(self.control.context.config, self.target, ENGINE, train, held_out, created_ms)
@@ -109,7 +92,7 @@ async def scene(valkey: Valkey, tmp_path: Path, target: Path, first: Path) -> As
 
 
 async def test_an_engine_on_its_own_version_0_is_adopted_and_captured(scene: Scene) -> None:
-    await scene.converge()
+    await scene.control.converge()
     assert scene.engine.info.capturing
     assert "Swap" not in scene.engine.kinds()
     [status] = await scene.control.plane.engines()
@@ -134,7 +117,7 @@ async def test_an_engine_without_a_draft_gets_version_0(valkey: Valkey, tmp_path
 
 
 async def test_the_loop_from_samples_to_the_served_draft(scene: Scene) -> None:
-    await scene.converge()
+    await scene.control.converge()
     scene.samples()
     claim = await scene.claimed()
     spec = claim.job.spec
@@ -149,7 +132,7 @@ async def test_the_loop_from_samples_to_the_served_draft(scene: Scene) -> None:
 
     await eventually(serving)
     # Its gate's evaluation is the prior: it drafts before anything was served.
-    await scene.converge()
+    await scene.control.converge()
     assert scene.engine.info.gammas[0] > 0
     await scene.engine.report(alpha=0.6, requests=6)
 
@@ -172,7 +155,7 @@ async def test_the_loop_from_samples_to_the_served_draft(scene: Scene) -> None:
 
 
 async def test_a_worse_draft_is_not_deployed(scene: Scene) -> None:
-    await scene.converge()
+    await scene.control.converge()
     before = scene.engine.info.version
     scene.samples()
     await scene.finish(await scene.claimed(), gain=-0.2)
@@ -182,14 +165,14 @@ async def test_a_worse_draft_is_not_deployed(scene: Scene) -> None:
         return bool(await scene.control.events("training-ended"))
 
     await eventually(judged)
-    await scene.converge()
+    await scene.control.converge()
     assert scene.engine.info.version == before
     assert "Swap" not in scene.engine.kinds()
     assert "worse" in (await scene.control.events("training-ended"))[0].message
 
 
 async def test_training_waits_for_enough_held_out_requests(scene: Scene) -> None:
-    await scene.converge()
+    await scene.control.converge()
     scene.samples(train=40, held_out=2)
     await eventually(lambda: scene.rows(1000))
     [status] = await scene.control.plane.engines()
@@ -198,7 +181,7 @@ async def test_training_waits_for_enough_held_out_requests(scene: Scene) -> None
 
 
 async def test_a_job_that_fails_for_good_costs_a_cool_down_only(scene: Scene) -> None:
-    await scene.converge()
+    await scene.control.converge()
     scene.samples()
     claim = await scene.claimed()
     await scene.control.context.jobs.fail(claim, "no such target", retryable=False)
@@ -209,7 +192,7 @@ async def test_a_job_that_fails_for_good_costs_a_cool_down_only(scene: Scene) ->
 
 
 async def test_a_dead_worker_s_job_is_taken_back_and_one_attempt_takes_effect(scene: Scene) -> None:
-    await scene.converge()
+    await scene.control.converge()
     scene.samples()
     jobs = scene.control.context.jobs
     claim = await scene.claimed()
@@ -229,7 +212,7 @@ async def test_a_dead_worker_s_job_is_taken_back_and_one_attempt_takes_effect(sc
 
 
 async def test_train_now_and_its_refusals(scene: Scene) -> None:
-    await scene.converge()
+    await scene.control.converge()
     with pytest.raises(Refused, match="no samples"):
         await scene.control.plane.train_now(ENGINE, "uid:1")
     scene.samples(train=2, held_out=1)
@@ -245,7 +228,7 @@ async def test_train_now_and_its_refusals(scene: Scene) -> None:
 
 async def test_a_repeated_submission_is_one_job(scene: Scene) -> None:
     """A leader that died between storing the job's id and submitting it: the next one submits the same job."""
-    await scene.converge()
+    await scene.control.converge()
     scene.samples()
 
     async def training() -> bool:
@@ -262,13 +245,13 @@ async def test_a_repeated_submission_is_one_job(scene: Scene) -> None:
 
 
 async def test_the_policy_setting_is_obeyed(scene: Scene) -> None:
-    await scene.converge()
+    await scene.control.converge()
     plane = scene.control.plane
     assert await plane.set_policy(SpeculationMode.FIXED, 3, "uid:1") == PolicySetting(SpeculationMode.FIXED, 3)
-    await scene.converge()
+    await scene.control.converge()
     assert set(scene.engine.info.gammas) == {3}
     await plane.set_policy(SpeculationMode.OFF, 0, "uid:1")
-    await scene.converge()
+    await scene.control.converge()
     assert set(scene.engine.info.gammas) == {0}
     with pytest.raises(Refused, match="gamma 9"):
         await plane.set_policy(SpeculationMode.FIXED, 9, "uid:1")
@@ -302,7 +285,7 @@ async def test_a_missing_target_is_said_and_nothing_is_done(
 
 
 async def test_a_superseded_leader_changes_nothing(scene: Scene, valkey: Valkey) -> None:
-    await scene.converge()
+    await scene.control.converge()
     control = scene.control
     old = control.context.leadership.require()
     valkey.client.set("tided:{ctl}:epoch", old + 5)
@@ -322,7 +305,7 @@ async def test_a_superseded_leader_changes_nothing(scene: Scene, valkey: Valkey)
 
 
 async def test_an_engine_that_has_seen_a_newer_epoch_makes_us_step_down(scene: Scene) -> None:
-    await scene.converge()
+    await scene.control.converge()
     epoch = scene.control.context.leadership.require()
     scene.engine.info = replace(scene.engine.info, epoch=epoch + 1000, capturing=False)
 
@@ -336,7 +319,7 @@ async def test_an_engine_that_has_seen_a_newer_epoch_makes_us_step_down(scene: S
         await scene.control.lease.acquire(highest) == highest + 1
         or scene.control.context.leadership.require() > highest
     )
-    await scene.converge()
+    await scene.control.converge()
     assert scene.engine.info.capturing
 
 

@@ -10,24 +10,18 @@ from tests.conftest import Valkey
 from tests.control import Control, leading, settings, store_draft, variant
 from tests.engine_double import EngineDouble, Swaps, describe_double, running_double
 from tests.support import eventually
-from tests.tiny import make_draft, make_target
 from tided.model.errors import Conflict, Refused
 from tided.model.records import Deployment, DeploymentState, Draft
 from tided.services.context import Context
 
+pytest_plugins = ("tests.tiny_fixtures",)
 pytestmark = pytest.mark.real
 ENGINE = "double"
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def drafts(tmp_path_factory: pytest.TempPathFactory, target: Path) -> tuple[Path, Path, Path]:
+def drafts(tmp_path_factory: pytest.TempPathFactory, first: Path) -> tuple[Path, Path, Path]:
     root = tmp_path_factory.mktemp("drafts")
-    first = make_draft(target, root / "0", draft_vocab=64)
     return first, variant(first, root / "1", 1), variant(first, root / "2", 2)
 
 

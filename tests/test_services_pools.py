@@ -60,12 +60,6 @@ class Scene:
         await eventually(seen)
         return engine
 
-    async def converge(self) -> None:
-        async def nothing() -> bool:
-            return await self.control.cycle() == []
-
-        await eventually(nothing)
-
     def samples(self, engine: str, target: Path, created_ms: int, train: int = 20, held_out: int = 10) -> None:
         store_samples(self.control.context.config, target, engine, train, held_out, created_ms)
 
@@ -115,7 +109,7 @@ class Scene:
 
     async def trained(self) -> str:
         """A better draft for the engines a and b: live on its canary, then on the other. Its version."""
-        await self.converge()
+        await self.control.converge()
         self.samples("a", self.models.first, 1_000)
         version = await self.finish(await self.claimed())
         canary = await self.canary(version)
@@ -123,7 +117,7 @@ class Scene:
             await self.serves(engine, version)
             await self.watched(engine)
             await self.reaches(engine, DeploymentState.LIVE)
-        await self.converge()
+        await self.control.converge()
         return version
 
     async def canary(self, version: str) -> str:
@@ -153,7 +147,7 @@ async def scene(valkey: Valkey, tmp_path: Path, models: Models) -> AsyncIterator
 async def test_each_target_has_its_own_lineage_samples_and_training(scene: Scene) -> None:
     for name, target in (("a", scene.models.first), ("b", scene.models.first), ("c", scene.models.second)):
         await scene.connect(name, target)
-    await scene.converge()
+    await scene.control.converge()
     assert [(await scene.status(name)).draft for name in "abc"] == ["first@0", "first@0", "other@0"]
     scene.samples("a", scene.models.first, 1_000, train=12, held_out=6)
     scene.samples("b", scene.models.first, 2_000, train=12, held_out=6)
@@ -175,7 +169,7 @@ async def test_each_target_has_its_own_lineage_samples_and_training(scene: Scene
 async def test_two_targets_train_side_by_side(scene: Scene) -> None:
     await scene.connect("a", scene.models.first)
     await scene.connect("c", scene.models.second)
-    await scene.converge()
+    await scene.control.converge()
     scene.samples("a", scene.models.first, 1_000)
     scene.samples("c", scene.models.second, 2_000)
     claims = [await scene.claimed(), await scene.claimed()]
@@ -193,7 +187,7 @@ async def test_two_targets_train_side_by_side(scene: Scene) -> None:
 
 async def test_a_draft_is_proved_on_one_engine_before_the_others_get_it(scene: Scene) -> None:
     a, b = await scene.connect("a", scene.models.first), await scene.connect("b", scene.models.first)
-    await scene.converge()
+    await scene.control.converge()
     before = a.info.version
     await b.report(alpha=0.3, requests=4)  # b is the busier one
     scene.samples("a", scene.models.first, 1_000)
@@ -215,7 +209,7 @@ async def test_a_draft_is_proved_on_one_engine_before_the_others_get_it(scene: S
         1,
         2,
     ]
-    await scene.converge()
+    await scene.control.converge()
     assert [engine.kinds().count("Swap") for engine in (a, b)] == [1, 1]
 
 
@@ -223,7 +217,7 @@ async def test_engines_keep_their_own_schedule(scene: Scene) -> None:
     a = await scene.connect("a", scene.models.first)
     b = await scene.connect("b", scene.models.first, gamma_max=2, max_batch=2)
     await scene.trained()
-    await scene.converge()
+    await scene.control.converge()
     assert 0 < a.info.gammas[0] <= 4
     assert 0 < b.info.gammas[0] <= 2
     assert (len(a.info.gammas), len(b.info.gammas)) == (4, 2)
@@ -231,7 +225,7 @@ async def test_engines_keep_their_own_schedule(scene: Scene) -> None:
 
 async def test_a_version_that_serves_worse_anywhere_is_taken_back_everywhere(scene: Scene) -> None:
     a, b = await scene.connect("a", scene.models.first), await scene.connect("b", scene.models.first)
-    await scene.converge()
+    await scene.control.converge()
     before = a.info.version
     for _ in range(3):
         await b.report(alpha=0.8, requests=4)
@@ -252,14 +246,14 @@ async def test_a_version_that_serves_worse_anywhere_is_taken_back_everywhere(sce
     assert (await scene.control.plane.draft(version)).quarantined
     await scene.watched("a", alpha=0.01)  # worse than the version that it comes from: it stays all the same
     await scene.reaches("a", DeploymentState.LIVE)
-    await scene.converge()
+    await scene.control.converge()
     assert {a.info.version, b.info.version} == {before}
     assert not (await scene.control.plane.draft(before)).quarantined
 
 
 async def test_an_operator_s_rollback_of_one_holds_for_all(scene: Scene) -> None:
     a, b = await scene.connect("a", scene.models.first), await scene.connect("b", scene.models.first)
-    await scene.converge()
+    await scene.control.converge()
     before = a.info.version
     version = await scene.trained()
     await scene.control.plane.rollback("a", "uid:1")
@@ -292,7 +286,7 @@ async def test_one_that_cannot_take_the_shared_draft_goes_on_with_its_own_and_sa
     store_draft(scene.control, smaller, scene.models.first)
     fixed = tuple(capability for capability in Capability if capability is not Capability.SWAP_VOCABULARY)
     odd = await scene.connect("odd", scene.models.first, smaller, capabilities=fixed)
-    await scene.converge()
+    await scene.control.converge()
     assert odd.info.version == checkpoint.version_of(smaller) != version
     assert odd.info.capturing  # what it serves is as good to train on as the others' is
     problems = (await scene.control.plane.status()).problems
@@ -337,7 +331,7 @@ async def test_drift_on_one_engine_is_one_training_for_all(scene: Scene) -> None
 
 async def test_a_canary_that_dies_is_replaced(scene: Scene) -> None:
     a, b = await scene.connect("a", scene.models.first), await scene.connect("b", scene.models.first)
-    await scene.converge()
+    await scene.control.converge()
     await b.report(alpha=0.3, requests=4)
     scene.samples("a", scene.models.first, 1_000)
     version = await scene.finish(await scene.claimed())
@@ -353,12 +347,12 @@ async def test_a_canary_that_dies_is_replaced(scene: Scene) -> None:
 async def test_what_an_operator_deploys_onto_all_is_what_joins_get(scene: Scene, tmp_path: Path) -> None:
     await scene.connect("a", scene.models.first)
     await scene.connect("c", scene.models.second)
-    await scene.converge()
+    await scene.control.converge()
     mine = store_draft(
         scene.control, variant(scene.models.drafts[scene.models.first], tmp_path / "mine", 3), scene.models.first
     )
     await scene.connect("has-it", scene.models.first, tmp_path / "mine")
-    await scene.converge()
+    await scene.control.converge()
     begun = await scene.control.plane.deploy(mine.version, None, "uid:1")
     assert [deployment.engine for deployment in begun] == ["a"]  # the only one that fits and serves another
     await scene.serves("a", mine.version)
@@ -370,7 +364,7 @@ async def test_what_an_operator_deploys_onto_all_is_what_joins_get(scene: Scene,
 async def test_train_now_needs_a_name_only_where_targets_differ(scene: Scene) -> None:
     await scene.connect("a", scene.models.first)
     await scene.connect("b", scene.models.first)
-    await scene.converge()
+    await scene.control.converge()
     scene.samples("b", scene.models.first, 1_000, train=2, held_out=1)
 
     async def counted() -> bool:
@@ -382,7 +376,7 @@ async def test_train_now_needs_a_name_only_where_targets_differ(scene: Scene) ->
     assert job.spec.engine == "a,b"
     await scene.control.plane.cancel(job.id, "uid:1")
     await scene.connect("c", scene.models.second)
-    await scene.converge()
+    await scene.control.converge()
     with pytest.raises(Refused, match="name the engine: a, b, c"):
         await scene.control.plane.train_now(None, "uid:1")
 

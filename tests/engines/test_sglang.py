@@ -11,7 +11,8 @@ from tests.contract.peer import PATIENCE_S, Peer
 from tests.contract.reference import Reference
 from tests.contract.suite import BackendContract, RestartContract, assert_greedy, assert_whole, make_prompts
 from tests.control import variant
-from tests.engines.sglang_server import GAMMA_MAX, SglangServer
+from tests.engines.server import configure
+from tests.engines.sglang_server import SglangServer
 from tests.support import eventually
 from tests.tiny import make_draft, make_target
 from tided.draft import checkpoint
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.real
 def subject(contract_redis: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
     work = tmp_path_factory.mktemp("sglang")
     target = make_target(work / "target")
-    running = SglangServer(contract_redis.url, target, make_draft(target, work / "draft"), work)
+    config = configure("sglang", contract_redis.url, target, work / "s")
+    running = SglangServer(config, make_draft(target, work / "draft"), work / "sglang.log")
     running.start()
     try:
         yield running
@@ -43,7 +45,7 @@ class TestOnlySglang:
         self, subject: SglangServer, peer: Peer, reference: Reference, tmp_path: Path
     ) -> None:
         """By SGLang's own checksums: the draft's changes, the target's does not."""
-        assert (await peer.ask(SetSchedule((GAMMA_MAX,)))).ok
+        assert (await peer.ask(SetSchedule((subject.config.engine.gamma_max,)))).ok
         other = variant(subject.draft_dir, tmp_path / "other", 9)
         before = {role: await self._checksum(subject, role) for role in ("target", "draft")}
         await peer.capture()
@@ -79,7 +81,7 @@ class TestOnlySglang:
 
     async def test_no_hook_has_failed(self, subject: SglangServer, peer: Peer) -> None:
         """After all the others; and whoever looks at /server_info sees that the hooks are in force."""
-        (state,) = (await subject.get("/server_info"))["internal_states"]
+        (state,) = (await subject.get("/server_info")).json()["internal_states"]
         assert state["tided"]["engine"] == subject.engine
         assert state["tided"]["version"] == (await peer.here()).version
         assert state["tided"]["faults"] == {}

@@ -9,6 +9,7 @@ from tests.conftest import Valkey
 from tests.contract.peer import PATIENCE_S, Peer
 from tests.contract.reference import Reference
 from tests.contract.suite import BackendContract, RestartContract, assert_greedy, assert_whole, make_prompts
+from tests.engines.server import configure
 from tests.engines.vllm_server import VllmServer, make_models
 from tests.support import eventually
 from tided.model.records import StepCounts
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.real
 @pytest.fixture(scope="module")
 def subject(contract_redis: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     work = tmp_path_factory.mktemp("vllm")
-    server = VllmServer(contract_redis.url, *make_models(work), work)
+    target, draft = make_models(work)
+    server = VllmServer(configure("vllm", contract_redis.url, target, work / "s"), draft, work / "vllm.log")
     server.start()
     yield server
     if server.running:

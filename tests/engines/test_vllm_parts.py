@@ -15,7 +15,7 @@ import torch
 
 from tests.ctl_run import tidectl
 from tests.support import eventually
-from tests.tiny import make_target
+from tests.tiny import VOCAB, make_draft, make_target
 from tided.draft import checkpoint
 from tided.engine.plugin import Faults
 from tided.engine.tap import Tap, TapSettings
@@ -392,6 +392,10 @@ def test_engine_args_print_a_command_that_a_shell_reads(tmp_path: Path) -> None:
     speculation = json.loads(options["--speculative-config"])
     assert {gamma for _, _, gamma in speculation["num_speculative_tokens_per_batch_size"]} == {0, 1, 2, 3, 4}
     assert checkpoint.read_config(Path(speculation["model"])).draft_vocab == 64
+    whole = make_draft(target, tmp_path / "whole", draft_vocab=VOCAB)
+    refused = tidectl("--config", str(path), "engine-args", "vllm", "--draft", str(whole))
+    assert refused.code == 1
+    assert "vocabulary is the target's" in refused.err
     unknown = tidectl("--config", str(path), "engine-args", "nothing")
     assert unknown.code == 1
     assert "known are vllm" in unknown.err

@@ -102,7 +102,7 @@ def _engines(engines: tuple[EngineStatus, ...]) -> Iterator[Metric]:
         if engine.verification is not None:
             for state in VerificationState:
                 tested.add_metric((name, state.value), engine.verification.state is state)
-        for fate in ("tapped", "stored", "shed", "lost", "duplicated", "skipped", "unknown"):
+        for fate in ("tapped", "stored", "shed", "lost", "duplicated", "skipped", "unknown", "purged"):
             rows.add_metric((name, fate), getattr(engine.samples, fate))
         flight.add_metric((name,), engine.samples.in_flight)
         counters["drifts"].add_metric((name,), engine.training.drifts)

@@ -37,8 +37,16 @@ class EngineCommand:
 def vllm(config: Config, draft: Path, python: str = "python") -> EngineCommand:
     """vLLM 0.32 with the target, engine and capture sections of `config`, booted on the checkpoint `draft`.
 
-    The environment holds the Redis URL, with its password if it has one. Raises `Refused` when nothing could ever be drafted.
+    The environment holds the Redis URL, with its password if it has one. Raises `Refused` when nothing could ever be drafted, and for
+    a draft that vLLM cannot load.
     """
+    from tided.draft.checkpoint import read_config
+
+    drafted = read_config(draft)
+    if drafted.draft_vocab == drafted.vocab:
+        raise Refused(
+            f"{draft}: vLLM loads no draft whose vocabulary is the target's: training.draft_vocab < {drafted.vocab}"
+        )
     engine = config.engine
     environment = _environment(config)
     environment["TIDED_ENGINE_URL"] = f"http://{engine.host}:{engine.port}"

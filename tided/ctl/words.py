@@ -94,8 +94,9 @@ def training_reason(status: TrainingStatus) -> str:
 def samples(totals: SampleTotals) -> str:
     """The sum that must hold, and what is beside it when there is something."""
     parts = [f"{totals.stored:,} stored", f"{totals.shed:,} shed", f"{totals.lost:,} lost"]
-    if totals.unknown:
-        parts.append(f"{totals.unknown:,} unknown")
+    for name, rows in (("unknown", totals.unknown), ("purged", totals.purged)):
+        if rows:
+            parts.append(f"{rows:,} {name}")
     text = f"{totals.tapped:,} tapped = {' + '.join(parts)} + {totals.in_flight:,} in flight"
     beside = {"duplicated": totals.duplicated, "opted out": totals.skipped}
     extra = ", ".join(f"{rows:,} {name}" for name, rows in beside.items() if rows)

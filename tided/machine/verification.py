@@ -2,6 +2,7 @@
 
     reference -> probing -> verified | unverified | mismatch
     listening -> unverified | mismatch                        (an engine that cannot be probed)
+    verified | unverified -> probing -> the same | mismatch   (another draft serves, of which more can be told)
 
 Fails closed: only `verified` is trust; whether `unverified` is, the configuration says. Level-triggered: while the phase is
 REFERENCE somebody makes reference states, while it is PROBING somebody probes, and reports with the attempt that it was told; a leader
@@ -59,11 +60,13 @@ class ReferenceFailed:
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """Round `attempt` of probes gave an answer."""
+    """Round `attempt` of probes gave an answer, while draft `version` served. `accepted`: enough was accepted to tell that it does."""
 
     now_ms: int
     attempt: int
     checks: tuple[Check, ...]
+    version: str = ""
+    accepted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,14 @@ class ProbeFailed:
     now_ms: int
     attempt: int
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class DraftServed:
+    """A draft serves for good whose acceptance is worth a look."""
+
+    now_ms: int
+    version: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +99,9 @@ class TimePassed:
     now_ms: int
 
 
-VerificationEvent = Connected | ReferenceFound | ReferenceFailed | Probed | ProbeFailed | Listened | TimePassed
+VerificationEvent = (
+    Connected | ReferenceFound | ReferenceFailed | Probed | ProbeFailed | DraftServed | Listened | TimePassed
+)
 
 # --- actions ---
 
@@ -120,12 +133,15 @@ def step(before: Verification | None, event: VerificationEvent, rules: TestRules
         case TimePassed(now_ms), _P.REFERENCE if now_ms >= before.deadline_ms:
             why = "no worker has made the target's reference states: start a tide-worker with kind reference"
             return _probing(before, now_ms, rules, referenced=False, reason=why), ()
-        case Probed(now_ms, attempt, checks), _P.PROBING if attempt == before.attempt:
-            return _judged(before, now_ms, checks, rules)
+        case Probed(_, attempt), _P.PROBING if attempt == before.attempt:
+            told = replace(before, draft=event.version, accepted=event.accepted)
+            return _judged(told, event.now_ms, event.checks, rules)
         case ProbeFailed(now_ms, attempt, why), _P.PROBING if attempt == before.attempt:
             return _again(before, now_ms, why, rules)
         case TimePassed(now_ms), _P.PROBING if now_ms >= before.deadline_ms:
             return _again(before, now_ms, "the probes were not answered in time", rules)
+        case DraftServed(now_ms, version), _P.DONE if wants_draft(before, version):
+            return _probing_again(before, now_ms, version, rules), ()
         case Listened(now_ms, checks), _P.LISTENING:
             return _judged(before, now_ms, checks, rules)
         case TimePassed(now_ms), _P.DONE if 0 < before.deadline_ms <= now_ms:
@@ -138,12 +154,19 @@ def first_failure(checks: tuple[Check, ...]) -> Check | None:
     return next((check for check in checks if check.outcome is CheckOutcome.FAILED), None)
 
 
+def wants_draft(state: Verification, version: str) -> bool:
+    """Whether a draft, other than that of the last probes, should be looked at: once enough was accepted of one, no more."""
+    probed = state.state in (_S.VERIFIED, _S.UNVERIFIED) and state.attempt > 0 and bool(state.checks)
+    return state.phase is _P.DONE and probed and not state.accepted and version not in ("", state.draft)
+
+
 def validate_state(state: Verification) -> None:
     """Raise `InvariantBroken` for a state that no sequence of events can reach."""
     failed = first_failure(state.checks) is not None
     wrong = (
         (state.state is _S.PENDING and state.phase is _P.DONE, "done without a verdict"),
-        (state.state in (_S.VERIFIED, _S.MISMATCH) and state.phase is not _P.DONE, "a verdict while it is tested"),
+        (state.state is _S.MISMATCH and state.phase is not _P.DONE, "a mismatch that is tested again"),
+        (state.state is _S.VERIFIED and state.phase not in (_P.DONE, _P.PROBING), "verified before it was probed"),
         (state.state is _S.VERIFIED and not state.referenced, "verified without a reference"),
         (failed != (state.state is _S.MISMATCH), "a failed check is a mismatch, and nothing else is"),
     )
@@ -194,7 +217,22 @@ def _probing(before: Verification, now_ms: int, rules: TestRules, *, referenced:
     )
 
 
+def _probing_again(before: Verification, now_ms: int, version: str, rules: TestRules) -> Verification:
+    """What it has passed holds on: only the draft is in question."""
+    return replace(
+        before,
+        phase=_P.PROBING,
+        started_ms=now_ms,
+        updated_ms=now_ms,
+        deadline_ms=now_ms + rules.probe_timeout_ms,
+        attempt=before.attempt + 1,
+        draft=version,
+    )
+
+
 def _again(before: Verification, now_ms: int, why: str, rules: TestRules) -> Step:
+    if before.state is not _S.PENDING:
+        return replace(before, phase=_P.DONE, updated_ms=now_ms, deadline_ms=_retry_ms(before, now_ms, rules)), ()
     if before.attempt < rules.max_probes:
         return _probing(before, now_ms, rules, referenced=before.referenced, reason=f"probing again: {why}"), ()
     done = replace(
@@ -209,14 +247,20 @@ def _again(before: Verification, now_ms: int, why: str, rules: TestRules) -> Ste
 
 
 def _judged(before: Verification, now_ms: int, checks: tuple[Check, ...], rules: TestRules) -> Step:
+    again = before.phase is _P.PROBING and before.state is not _S.PENDING
+    if again:
+        new = {check.name for check in checks}
+        checks = (*(check for check in before.checks if check.name not in new), *checks)
     done = replace(before, phase=_P.DONE, updated_ms=now_ms, deadline_ms=0, checks=checks)
     failure = first_failure(checks)
     if failure is not None:
         return replace(done, state=_S.MISMATCH, reason=failure.measured), (
             Announce("engine-mismatch", f"{failure.name}: {failure.measured}"),
         )
+    if again:
+        return replace(done, deadline_ms=_retry_ms(before, now_ms, rules)), ()
     skipped = [check for check in checks if check.outcome is CheckOutcome.SKIPPED and check.name in ESSENTIAL]
-    if before.referenced and not skipped:
+    if before.referenced and not skipped and {check.name for check in checks} >= ESSENTIAL:
         why = "what it taps is what the reference says"
         return replace(done, state=_S.VERIFIED, reason=why), (Announce("engine-verified", why),)
     why = f"{skipped[0].name}: {skipped[0].measured}" if before.referenced and skipped else before.reason
@@ -224,6 +268,11 @@ def _judged(before: Verification, now_ms: int, checks: tuple[Check, ...], rules:
     done = replace(done, state=_S.UNVERIFIED, reason=why, deadline_ms=deadline_ms)
     # Who listened has been told so when the engine connected.
     return done, () if before.phase is _P.LISTENING else (Announce("engine-unverified", why),)
+
+
+def _retry_ms(state: Verification, now_ms: int, rules: TestRules) -> int:
+    """When an engine that keeps its verdict is tested anew."""
+    return now_ms + rules.retry_ms if state.state is _S.UNVERIFIED else 0
 
 
 ESSENTIAL = frozenset({"token ids", "token alignment", "layer ids", "norms", "dtype", "accuracy"})

@@ -211,7 +211,8 @@ class Recipe(StrEnum):
 class JobSpec:
     """What a worker is asked to do: data only, never code. Paths are on the filesystem that hosts share.
 
-    train: from `draft`, on `shards`, evaluate parent and child on `held_out`. score: evaluate `draft` on `held_out`.
+    train: from `draft`, on `shards`, evaluate parent and child on `held_out`. score: evaluate `draft` on `held_out`; with `groups`
+    only on these prompts, and say where its tokens are right (`Chain`); `previous_dir`: a version that the engine served before.
     reference: reference states of the target for `token_ids`.
     """
 
@@ -229,6 +230,8 @@ class JobSpec:
     gamma: int = 4
     budget_s: float = 600.0
     token_ids: tuple[int, ...] = ()
+    groups: tuple[str, ...] = ()  # hexadecimal
+    previous_dir: str = ""
     options: dict[str, Any] = field(default_factory=dict)  # trainer options, checked by tided.training
 
 
@@ -244,6 +247,33 @@ class Progress:
     eta_s: float = -1.0
 
 
+class DraftFault(StrEnum):
+    """How an engine may serve another draft than it says. NONE: as it should be."""
+
+    NONE = ""
+    VOCABULARY = "vocabulary"  # draft ids are taken for target ids
+    FEATURES_LATE = "features-late"  # the aux states of the token before
+    FEATURES_EARLY = "features-early"  # and of the one after
+    FEATURES_ORDER = "features-order"  # the aux states in descending order of their layers
+    PREVIOUS = "previous"  # the weights are still those of the version before
+    HALF_HEAD = "half-head"  # of the new version only the head arrived
+    HALF_BODY = "half-body"  # and everything but the head
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """How many tokens that a draft proposes from each generated position of one prompt on are right, before the first that is not.
+
+    Entry 0 is the step behind the first generated token. `low` are surely right, `high` at most: near ties of the draft's logits may be
+    decided either way. `fault`: what was wrong with the draft when it was asked.
+    """
+
+    group: str
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+    fault: DraftFault = DraftFault.NONE
+
+
 @dataclass(frozen=True, slots=True)
 class JobResult:
     """What an attempt gave. train: `staged` is the directory of the new checkpoint, evaluations are old and new."""
@@ -255,6 +285,7 @@ class JobResult:
     trained_tokens: int = 0
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    chains: tuple[Chain, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +381,8 @@ class Verification:
     deadline_ms: int = 0  # of the phase; when DONE and not verified: when to try again, 0 for never
     attempt: int = 0
     referenced: bool = False  # whether reference states were at hand
+    draft: str = ""  # the version that served when it was probed
+    accepted: bool = False  # whether enough was accepted to tell that this version serves
     checks: tuple[Check, ...] = ()
 
 

@@ -38,7 +38,10 @@ class TrainingStatus:
 
 @dataclass(frozen=True, slots=True)
 class SampleTotals:
-    """Rows of one engine since its incarnation began: tapped = stored + shed + lost + in_flight, exact when drained."""
+    """Rows of one engine since its incarnation began: tapped = stored + purged + shed + lost + unknown + in_flight.
+
+    Exact when drained. `purged`: discarded by an operator before they were stored.
+    """
 
     tapped: int
     stored: int
@@ -50,6 +53,7 @@ class SampleTotals:
     unknown: int = 0  # tail of killed producers, at most their ring
     stream_bytes: int = 0  # not acknowledged yet
     dead: int = 0  # entries set aside as poison; their rows are among the lost
+    purged: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tided.draft.tensors import to_bf16
 from tided.store.aside import Aside
 from tided.store.ledger import SEQ_WINDOW, Seen, StoredChunk, totals_of
+from tided.store.purge import is_through
 from tided.store.samples import Run, Source
 from tided.wire.samples import End, RequestRef, SampleHeader
 
@@ -54,7 +55,7 @@ class _Piece:
     states: NDArray[np.uint16]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Part:
     chunk: Chunk
     index: int
@@ -212,6 +213,33 @@ class Assembly:
         bare = [chunk for chunk in self._chunks.values() if not chunk.waiting]
         return self._plan(chosen, bare) if chosen or bare else None
 
+    def purge(self, through: str) -> dict[str, list[StoredChunk]]:
+        """Forget all rows of entries up to `through`; what must be acknowledged as purged, by incarnation.
+
+        A request that goes on beyond has its later rows kept: they begin with a gap.
+        """
+        gone = {key: chunk for key, chunk in self._chunks.items() if is_through(chunk.entry, through)}
+        rows: dict[Chunk, list[tuple[int, int]]] = {chunk: [] for chunk in gone.values()}
+        for key, request in list(self._requests.items()):
+            for part in [part for part in request.parts if part.chunk in rows]:
+                rows[part.chunk].append((part.index, part.rows))
+                request.parts.remove(part)
+                request.rows -= part.rows
+            if not request.parts:
+                del self._requests[key]
+        acknowledgements: dict[str, list[StoredChunk]] = {}
+        for (incarnation, _), chunk in sorted(gone.items(), key=lambda item: item[0]):
+            parts = tuple(rows[chunk])
+            stored = StoredChunk(chunk.entry, chunk.seq, chunk.bytes, chunk.parts, parts, chunk.totals)
+            acknowledgements.setdefault(incarnation, []).append(stored)
+            self._forget(chunk)
+        return acknowledgements
+
+    def _forget(self, chunk: Chunk) -> None:
+        del self._chunks[chunk.incarnation, chunk.seq]
+        self._entries.discard(chunk.entry)
+        self._bytes -= chunk.bytes
+
     def _plan(self, chosen: list[_Key], bare: list[Chunk]) -> Plan:
         runs: dict[Source, list[Run]] = {}
         aside: dict[Source, list[Run]] = {}
@@ -240,9 +268,7 @@ class Assembly:
                 chunk = self._chunks[incarnation, stored.seq]
                 chunk.waiting.difference_update(index for index, _ in stored.stored)
                 if not chunk.waiting:
-                    del self._chunks[incarnation, stored.seq]
-                    self._entries.discard(chunk.entry)
-                    self._bytes -= chunk.bytes
+                    self._forget(chunk)
                     whole.append((incarnation, stored.seq))
         return whole
 

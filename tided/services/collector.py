@@ -31,7 +31,7 @@ from tided.model.errors import Refused, TideError, Unavailable
 from tided.model.ids import check_name
 from tided.model.records import EngineInfo
 from tided.services.assembly import Assembly, Limits, Plan, SeenChunks
-from tided.store import ledger
+from tided.store import ledger, purge
 from tided.store.aside import read_aside
 from tided.store.client import closing, connect, connect_blocking, shown, translated
 from tided.store.ledger import StoredChunk
@@ -129,6 +129,7 @@ class EngineCollector:
                     self._assembly.aside = await read_aside(redis, self.engine)
                 for entry in entries:
                     await self._admit(redis, entry)
+            await self._purge(redis)
             await self._write_due(redis)
 
     async def _drain(self) -> None:
@@ -276,6 +277,24 @@ class EngineCollector:
     async def _acknowledge(self, redis: Redis, chunks: dict[str, list[StoredChunk]]) -> None:
         for incarnation, stored in chunks.items():
             await ledger.acknowledge(redis, self.engine, incarnation, stored)
+
+    # --- purging ---
+
+    async def _purge(self, redis: Redis) -> None:
+        """Discard what an operator wants gone: on its way and, once nothing of it is left there, what had reached the disk."""
+        through = await purge.marked(redis, self.engine)
+        if not through:
+            return
+        await self._finish(redis)
+        for incarnation, chunks in self._assembly.purge(through).items():
+            await ledger.acknowledge(redis, self.engine, incarnation, chunks, purged=True)
+            for chunk in chunks:
+                self._seen[incarnation].add(chunk.seq)
+        failpoints.hit("collector.purging")
+        if not await purge.left(redis, self.engine, through):
+            gone = await anyio.to_thread.run_sync(self._store.purge, self.engine)
+            await purge.done(redis, self.engine, through)
+            self._log.info("purged", rows=gone.rows)
 
     # --- upkeep ---
 

@@ -55,7 +55,7 @@ class Controller:
         self.heads = Heads(context)
         self.dispatcher = Dispatcher(context, self.deployer, self.heads)
         self.speculator = Speculator(context.drafts)
-        self.selftest = SelfTest(context)
+        self.selftest = SelfTest(context, self._draft_of)
         self.problems: dict[str, str] = {}
         """By engine: why tided keeps its hands off, or what failed in its newest cycle."""
         self.warnings: dict[str, str] = {}
@@ -243,6 +243,10 @@ class Controller:
             return await anyio.to_thread.run_sync(self.context.drafts.get, version)
         except Refused:
             return None
+
+    async def _draft_of(self, view: EngineView) -> Draft | None:
+        """The stored draft that an engine serves; None if it is not known."""
+        return (await self._find(view.info.version) or await self._first(view)) if view.info.version else None
 
     async def _first(self, view: EngineView) -> Draft | None:
         """Version 0 for an engine without a draft, or one that booted on what `draft init` writes; None for any other.

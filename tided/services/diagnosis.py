@@ -183,7 +183,7 @@ def declared(engine: TargetInfo, target: TargetInfo) -> Check:
         ("vocabulary", engine.vocab, target.vocab),
     ):
         if says != is_:
-            return _failed(
+            return failed(
                 "declaration",
                 f"the engine declares {what} {says}, its target has {is_}",
                 "correct what the engine's plugin puts into its heartbeat",
@@ -210,8 +210,8 @@ def tokens(probes: Sequence[Probed]) -> Check:
                 if 0 <= p + shift < len(probe.prompt)
             ]
             if pairs and all(got == want for got, want in pairs):
-                return _failed(name, f"the token ids of rows are {_moved(shift)}", "fix the positions in the tap")
-        return _failed(
+                return failed(name, f"the token ids of rows are {moved(shift)}", "fix the positions in the tap")
+        return failed(
             name,
             f"{wrong} of {right + wrong} rows of known prompts carry other token ids than were sent",
             "the engine maps token ids: give the tap the ids that the target sees",
@@ -226,7 +226,7 @@ def row_shape(tapped: Iterable[Tapped], shape: Shape, hidden: int) -> Check:
     name, want = "row shape", (len(shape.aux_layers) + shape.has_last, hidden)
     for states_, values in {request.bits.shape[1:] for request in tapped}:
         if (states_, values) != want:
-            return _failed(
+            return failed(
                 name,
                 f"{states_} states of {values} values a row, where {want[0]} of {want[1]} were expected",
                 "tap three aux layers, and the last hidden state if capability last_hidden is declared",
@@ -239,9 +239,9 @@ def finite(tapped: Iterable[Tapped]) -> Check:
     for request in tapped:
         exponents = request.bits & np.uint16(0x7F80)
         if bool((exponents == np.uint16(0x7F80)).any()):
-            return _failed("values", "states hold NaN or infinity", "look at the dtype that the tap declares")
+            return failed("values", "states hold NaN or infinity", "look at the dtype that the tap declares")
         if not request.bits.any():
-            return _failed("values", "states are all zero", "the tap copies before the engine has written")
+            return failed("values", "states are all zero", "the tap copies before the engine has written")
     return Check("values", CheckOutcome.OK, "all finite")
 
 
@@ -268,13 +268,13 @@ def _judged(
 
     def say(name: str, cause: str, advice: str, fine: str) -> None:
         if cause:
-            checks.append(_failed(name, cause, advice))
+            checks.append(failed(name, cause, advice))
         elif not found:
             checks.append(Check(name, CheckOutcome.SKIPPED, "the rows fit nothing: see accuracy"))
         else:
             checks.append(Check(name, CheckOutcome.OK, fine))
 
-    cause = f"rows are {_moved(min(shifts))}" if shifts else ""
+    cause = f"rows are {moved(min(shifts))}" if shifts else ""
     if any(fit.kind == "mixed" for fit in found):
         cause = "rows hold the states of another request of the same batch"
     say("token alignment", cause, "fix which rows the tap takes of a step", "rows are at their tokens")
@@ -324,7 +324,7 @@ def _judged(
             if near
             else "does the engine serve the weights in target.path, and is the hook on the decoder's layers?"
         )
-        checks.append(_failed("accuracy", cause, advice))
+        checks.append(failed("accuracy", cause, advice))
     else:
         worst = f"relative error {measured} over {rows} rows (at most {tolerance:g})"
         checks.append(Check("accuracy", CheckOutcome.OK, worst))
@@ -353,8 +353,8 @@ def decoding(probes: Sequence[Probed], tolerance: float) -> Check:
         return Check(name, CheckOutcome.OK, f"relative error {worst:.2g} over {rows} generated rows, against prefill")
     shift = min(shifted, key=lambda item: shifted[item])
     if shifted[shift] <= tolerance:
-        return _failed(name, f"in decoding, rows are {_moved(shift)}", "fix which rows the tap takes in verification")
-    return _failed(
+        return failed(name, f"in decoding, rows are {moved(shift)}", "fix which rows the tap takes in verification")
+    return failed(
         name,
         f"rows tapped in decoding differ from the same tokens' in prefill by {worst:.2g}",
         "does the tap take rejected rows, or those of another request?",
@@ -382,7 +382,7 @@ def greedy(target_dir: Path, requests: Sequence[Tapped], shape: Shape, *, sample
     measured = f"the head's favourite is the next token in {share:.0%} of {len(rows)} rows"
     if share >= least:
         return Check(name, CheckOutcome.OK, measured)
-    return _failed(
+    return failed(
         name,
         f"the last states do not predict the emitted tokens: {measured}",
         "is the last state taken after the final norm, at its own token, and is the vocabulary the target's?",
@@ -409,7 +409,7 @@ def _error(rows: Float, states: Float) -> float:
     return float(np.median(distance / np.maximum(np.linalg.norm(states, axis=1), _TINY)))
 
 
-def _moved(shift: int) -> str:
+def moved(shift: int) -> str:
     """Where rows are that fit the reference `shift` positions on."""
     count = "one position" if abs(shift) == 1 else f"{abs(shift)} positions"
     return f"{count} late" if shift < 0 else f"{count} early"
@@ -421,5 +421,5 @@ def _named(layer: int, layers: int) -> str:
     return "the last one" if layer > layers else f"those before layer {layer}"
 
 
-def _failed(name: str, cause: str, advice: str) -> Check:
+def failed(name: str, cause: str, advice: str) -> Check:
     return Check(name, CheckOutcome.FAILED, cause, advice)

@@ -14,7 +14,6 @@ import structlog
 
 import tided
 from tided.machine.collection import Phase, TrainingRequested
-from tided.model.codec import to_plain
 from tided.model.errors import NotFound, Refused, TideError, Unavailable
 from tided.model.ids import check_name
 from tided.model.records import (
@@ -36,9 +35,12 @@ from tided.services.dispatcher import TrainingView
 from tided.services.doctor import look_over
 from tided.services.monitor import EngineView
 from tided.services.speculator import in_force
+from tided.store import purge
 from tided.store.ledger import read_ledger
 
 T = TypeVar("T")
+PURGE_WAIT_S = 10.0
+PURGE_POLL_S = 0.1
 
 _log = structlog.get_logger()
 
@@ -198,18 +200,43 @@ class ControlPlane:
         return await self._audited("train", engine or "the only target", actor, do)
 
     async def purge(self, engine: str | None, actor: str) -> dict[str, Any]:
-        """What waits in the stream is not on disk yet: it arrives within seconds; stop capture first to be rid of that too."""
+        """Delete what was captured. `rows` counts all of it, `waiting_bytes` what goes only when a collector runs again."""
 
         async def do() -> dict[str, Any]:
             self._context.leadership.require()
             if engine is not None:
                 check_name(engine, "engine")
-            gone = await anyio.to_thread.run_sync(self._context.samples.purge, engine)
-            return to_plain(gone)
+            return await self._purge(engine)
 
         return await self._audited("purge", engine or "all engines", actor, do)
 
     # --- how ---
+
+    async def _discarded(self, engine: str) -> None:
+        """Wait until the collector has discarded what was marked."""
+        while True:
+            if not await purge.marked(self._context.redis, engine):
+                return
+            await anyio.sleep(PURGE_POLL_S)
+
+    async def _purge(self, engine: str | None) -> dict[str, Any]:
+        context = self._context
+        before = await anyio.to_thread.run_sync(context.samples.ledger)
+        engines = [engine] if engine is not None else await purge.engines(context.redis)
+        on_their_way = [await read_ledger(context.redis, name) for name in engines]
+        for name in engines:
+            await purge.mark(context.redis, name)
+        gone = await anyio.to_thread.run_sync(context.samples.purge, engine)
+        with anyio.move_on_after(PURGE_WAIT_S):
+            for name in engines:
+                await self._discarded(name)
+        rows = (await anyio.to_thread.run_sync(context.samples.ledger)).purged - before.purged
+        waiting = 0
+        for name, then in zip(engines, on_their_way, strict=True):
+            now = await read_ledger(context.redis, name)
+            rows += now.purged - then.purged
+            waiting += now.stream_bytes if await purge.marked(context.redis, name) else 0
+        return {"rows": rows, "shards": gone.shards, "bytes": gone.bytes, "waiting_bytes": waiting}
 
     async def _audited(self, action: str, target: str, actor: str, do: Callable[[], Awaitable[T]]) -> T:
         result = "failed"

@@ -17,13 +17,16 @@ import anyio.to_thread
 import numpy as np
 from redis.asyncio import Redis
 
+from tided.backends.base import Backend
 from tided.draft.reference import Reference, sequences
 from tided.model.errors import Refused, Unavailable
 from tided.model.ids import prompt_group
-from tided.model.records import Capability, Check, CheckOutcome, EngineInfo
+from tided.model.records import Capability, Check, CheckOutcome, EngineInfo, RequestStats
 from tided.services import diagnosis
+from tided.services.acceptance import Drafted
 from tided.services.context import Target
 from tided.services.diagnosis import Probed, Shape, Tapped
+from tided.services.embeddings import resemble
 from tided.store.aside import set_aside
 from tided.store.samples import Run, SampleStore, Split, read_runs
 
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 ANSWER_TOKENS = 12
 NONCE_TOKENS = 2
 POLL_S = 0.1
+REPORTS_S = 10.0
+"""How long after their rows the reports of the probes' requests may come."""
 _RESPONSE_BYTES = 1 << 20
 
 
@@ -41,39 +46,56 @@ class Prober:
     """What probing needs of its surroundings."""
 
     redis: Redis
+    backend: Backend
     samples: SampleStore
     target: Target
     tolerance: float
     timeout_s: float
 
 
-async def probe(prober: Prober, info: EngineInfo, reference: Reference | None, attempt: int) -> tuple[Check, ...]:
-    """Send the probes and say what their rows show. Capture must be on, and the engine's rows set aside.
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round: what was tapped of each probe, and what is known of how it was drafted for."""
 
+    probed: tuple[Probed, ...]
+    drafted: Drafted
+
+
+async def probe(prober: Prober, info: EngineInfo, attempt: int, gamma: int, *, again: bool) -> Round:
+    """Send the probes and wait for their rows. Capture must be on, and `gamma` tokens be drafted in every step (0: not so).
+
+    `again`: send prompts and answers together, too, as prompts.
     Raises `Unavailable` when the engine does not answer or rows do not arrive within the time, `Refused` when it will not answer.
     """
-    shape = Shape(prober.target.info.aux_layers, Capability.LAST_HIDDEN in info.capabilities)
     with_nonce = [(*ids, *_nonce(info, attempt, k)) for k, ids in enumerate(sequences(info.target.vocab))]
     failure = f"engine {info.engine}: its probes were not answered, or their rows did not arrive, within {prober.timeout_s:g} s"
     try:
         with anyio.fail_after(prober.timeout_s):
             async with _client(info) as client:
                 model = await _model(client)
-                first = await _round(prober, client, info, model, with_nonce, ANSWER_TOKENS)
-                probed = [
+                _, cursor = await prober.backend.observe("")
+                first, shards = await _round(prober, client, info, model, with_nonce, ANSWER_TOKENS)
+                probed = tuple(
                     Probed(prompt, k, tapped) for k, (prompt, tapped) in enumerate(zip(with_nonce, first, strict=True))
-                ]
-                whole = [_whole(item) for item in probed]
-                again = await _round(prober, client, info, model, whole, 1)
+                )
+                reports = await _reports(prober, info, cursor, with_nonce)
+                if again:
+                    second, _ = await _round(prober, client, info, model, [_whole(item) for item in probed], 1)
+                    probed = tuple(replace(item, again=tapped) for item, tapped in zip(probed, second, strict=True))
     except TimeoutError as exc:
         raise Unavailable(f"{failure}: is its tap installed, and is the collector running?") from exc
-    probed = [replace(item, again=tapped) for item, tapped in zip(probed, again, strict=True)]
-    declared = diagnosis.declared(info.target, prober.target.info)
-    return declared, *await anyio.to_thread.run_sync(judge, prober, reference, probed, shape)
+    groups = tuple(group_of(prompt).hex() for prompt in with_nonce)
+    whole = all(bool(len(item.tapped.positions)) and not item.tapped.positions[0] for item in probed)
+    return Round(probed, Drafted(groups, reports, shards, whole, gamma))
 
 
-def judge(prober: Prober, reference: Reference | None, probed: Sequence[Probed], shape: Shape) -> tuple[Check, ...]:
-    """All checks of one round. Blocks: it reads the target's head."""
+def judge(prober: Prober, info: EngineInfo, reference: Reference | None, probed: Sequence[Probed]) -> tuple[Check, ...]:
+    """What the rows of a round show. Blocks: it reads the target's head."""
+    shape = Shape(prober.target.info.aux_layers, Capability.LAST_HIDDEN in info.capabilities)
+    return diagnosis.declared(info.target, prober.target.info), *_judged(prober, reference, probed, shape)
+
+
+def _judged(prober: Prober, reference: Reference | None, probed: Sequence[Probed], shape: Shape) -> tuple[Check, ...]:
     every = [item.tapped for item in probed] + [item.again for item in probed if item.again is not None]
     rows = diagnosis.row_shape(every, shape, prober.target.info.hidden)
     if rows.outcome is CheckOutcome.FAILED:
@@ -81,6 +103,8 @@ def judge(prober: Prober, reference: Reference | None, probed: Sequence[Probed],
     checks = [rows, diagnosis.tokens(probed), diagnosis.finite(every)]
     if reference is not None:
         checks += diagnosis.states(reference, probed, shape, prober.tolerance)
+    else:
+        checks.append(resemble(prober.target.path, [item.tapped for item in probed]))
     checks.append(diagnosis.decoding(probed, prober.tolerance))
     checks.append(diagnosis.greedy(prober.target.path, [item.tapped for item in probed], shape, sampled=False))
     return tuple(checks)
@@ -111,8 +135,8 @@ async def _round(
     model: str,
     prompts: Sequence[tuple[int, ...]],
     answer_tokens: int,
-) -> list[Tapped]:
-    """Send the prompts together and wait for their rows."""
+) -> tuple[list[Tapped], tuple[str, ...]]:
+    """Send the prompts together and wait for their rows. Gives them, and the shards that hold them."""
     groups = [group_of(prompt) for prompt in prompts]
     # Before the rows can exist: the collector asks after it has read them.
     await set_aside(prober.redis, info.engine, groups=groups)
@@ -120,18 +144,43 @@ async def _round(
         for prompt, group in zip(prompts, groups, strict=True):
             tasks.start_soon(_complete, client, model, prompt, answer_tokens, group)
     found: dict[bytes, list[Run]] = {}
-    seen: set[Path] = set()
+    shards, seen = list[str](), set[Path]()
     while not all(group in found for group in groups):
-        for run in await anyio.to_thread.run_sync(_arrived, prober.samples, info.engine, seen):
-            found.setdefault(run.group, []).append(run)
+        for path, runs in await anyio.to_thread.run_sync(_arrived, prober.samples, info.engine, seen):
+            ours = [run for run in runs if run.group in groups]
+            for run in ours:
+                found.setdefault(run.group, []).append(run)
+            shards += [str(path)] if ours else []
         await anyio.sleep(POLL_S)
-    return [Tapped.of(found[group]) for group in groups]
+    return [Tapped.of(found[group]) for group in groups], tuple(shards)
 
 
-def _arrived(samples: SampleStore, engine: str, seen: set[Path]) -> list[Run]:
+def _arrived(samples: SampleStore, engine: str, seen: set[Path]) -> list[tuple[Path, list[Run]]]:
     fresh = [shard.path for shard in samples.shards(Split.ASIDE, engine=engine) if shard.path not in seen]
     seen.update(fresh)
-    return [run for path in fresh for run in read_runs(path)]
+    return [(path, read_runs(path)) for path in fresh]
+
+
+async def _reports(
+    prober: Prober, info: EngineInfo, cursor: str, prompts: Sequence[tuple[int, ...]]
+) -> tuple[tuple[RequestStats, ...], ...]:
+    """For each prompt the finished requests that may be it: as long a prompt and answer, by the draft that serves."""
+    told: list[RequestStats] = []
+    found = tuple(tuple[RequestStats, ...]() for _ in prompts)
+    with anyio.move_on_after(REPORTS_S):
+        while not all(found):
+            await anyio.sleep(POLL_S)
+            observations, cursor = await prober.backend.observe(cursor)
+            for observation in observations:
+                if observation.incarnation == info.incarnation:
+                    told += [stats for stats in observation.requests if stats.version == info.version]
+            found = tuple(
+                tuple(
+                    stats for stats in told if (stats.prompt_tokens, stats.output_tokens) == (len(ids), ANSWER_TOKENS)
+                )
+                for ids in prompts
+            )
+    return found
 
 
 def _client(info: EngineInfo) -> "httpx.AsyncClient":

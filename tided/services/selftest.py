@@ -5,6 +5,7 @@ trains, and nothing is swapped into it, before `Trust.granted`.
 """
 
 import hashlib
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 import anyio
@@ -16,6 +17,7 @@ from tided.draft.reference import Reference, sequences
 from tided.machine import verification as machine
 from tided.machine.verification import (
     Connected,
+    DraftServed,
     Listened,
     Probed,
     ProbeFailed,
@@ -30,6 +32,10 @@ from tided.model.errors import Refused, Superseded, TideError
 from tided.model.records import (
     Capability,
     Check,
+    CheckOutcome,
+    Deployment,
+    Draft,
+    DraftOrigin,
     EngineInfo,
     JobKind,
     JobSpec,
@@ -38,11 +44,12 @@ from tided.model.records import (
     VerificationPhase,
     VerificationState,
 )
-from tided.services import diagnosis
+from tided.services import acceptance, deployer, diagnosis
 from tided.services.context import Context
 from tided.services.diagnosis import Shape, Tapped
+from tided.services.embeddings import resemble
 from tided.services.monitor import EngineView
-from tided.services.probing import Prober, probe
+from tided.services.probing import Prober, judge, probe
 from tided.services.speculator import in_force
 from tided.store import aside
 from tided.store.references import ReferenceStore
@@ -68,18 +75,21 @@ class Trust:
 
 @dataclass(slots=True)
 class _Round:
-    """A round of probes that this process runs, or has run."""
+    """A round of probes that this process runs, or has run. `answered`: the engine has done its part."""
 
     incarnation: str
     attempt: int
+    answered: bool = False
     outcome: VerificationEvent | None = None
 
 
 class SelfTest:
     """Owned by the controller."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, draft_of: Callable[[EngineView], Awaitable[Draft | None]]) -> None:
+        """`draft_of` gives the stored draft that an engine serves, if it is known."""
         self._context = context
+        self._draft_of = draft_of
         self._references = ReferenceStore(context.config.references_dir)
         self._verdicts: dict[str, Verification] = {}
         self._rounds: dict[str, _Round] = {}
@@ -134,7 +144,7 @@ class SelfTest:
             case VerificationPhase.LISTENING:
                 verdict = await self._listening(info, verdict, now_ms)
             case VerificationPhase.DONE:
-                verdict = await self._settled(info, verdict, now_ms)
+                verdict = await self._settled(view, verdict, now_ms)
         return await self._trust(view, verdict)
 
     async def _current(self, info: EngineInfo, now_ms: int) -> Verification:
@@ -161,7 +171,7 @@ class SelfTest:
         rules = TestRules(
             reference_wait_ms=round(settings.reference_wait_s * 1000),
             # The probes' own deadline comes first; this one is for those of a leader that is gone.
-            probe_timeout_ms=round(2 * settings.probe_timeout_s * 1000),
+            probe_timeout_ms=round(3 * settings.probe_timeout_s * 1000),
             retry_ms=round(settings.retry_s * 1000),
         )
         after, announcements = machine.step(before, event, rules)
@@ -225,29 +235,37 @@ class SelfTest:
         if held is not None and (held.incarnation, held.attempt) == (info.incarnation, verdict.attempt):
             if held.outcome is None:
                 return await self._apply(info, verdict, TimePassed(now_ms))
+            del self._rounds[info.engine]  # attempts are counted anew when it is tested anew
             after = await self._apply(info, verdict, replace(held.outcome, now_ms=now_ms))
-            # What the probes accepted says nothing about traffic.
-            view.restart(view.version)
+            if verdict.state is VerificationState.PENDING:
+                view.restart(view.version)  # what the probes accepted says nothing about traffic
             return after
-        # In this order: rows are set aside before the first can exist.
-        await self._distrust(info)
+        if not self._granted(verdict):
+            # Before the first row can exist. Of an engine that is trusted only the probes' own are set aside.
+            await self._distrust(info)
         epoch = context.leadership.require()
         if not info.capturing:
             await view.backend.set_capture(True, context.config.capture.credit_bytes, epoch)
             done.append(f"{info.engine}: capture on, for its self-test")
             return verdict
         if self._tasks is not None:
-            await self._let_draft(view, epoch, done)
+            gamma = await self._let_draft(view, epoch, done)
             begun = self._rounds[info.engine] = _Round(info.incarnation, verdict.attempt)
-            self._tasks.start_soon(self._probe, info, verdict, begun, name=f"probe {info.engine}")
+            self._tasks.start_soon(self._probe, view, verdict, gamma, begun, name=f"probe {info.engine}")
             done.append(f"{info.engine}: probing, attempt {verdict.attempt}")
         return verdict
 
-    async def _let_draft(self, view: EngineView, epoch: int, done: list[str]) -> None:
-        """Have the probes drafted for, if the engine can: what it drafts otherwise is the policy's, again, afterwards."""
+    async def _let_draft(self, view: EngineView, epoch: int, done: list[str]) -> int:
+        """Have the probes drafted for, if the engine can, in every step as many tokens: gives how many, 0 if that is not so.
+
+        What it drafts otherwise is the policy's, again, afterwards.
+        """
         info = view.info
-        if Capability.SCHEDULE not in info.capabilities or not info.version or all(in_force(info)):
-            return
+        drafted = set(in_force(info))
+        if len(drafted) == 1 and all(drafted):
+            return drafted.pop()
+        if Capability.SCHEDULE not in info.capabilities or not info.version:
+            return 0
         for gamma in PROBE_GAMMAS:
             if gamma <= info.gamma_max:
                 try:
@@ -257,21 +275,48 @@ class SelfTest:
                 except Refused:
                     continue  # some engines can reach only some numbers
                 done.append(f"{info.engine}: schedule ({gamma},), for its self-test")
-                return
+                return gamma
+        return 0
 
-    async def _probe(self, info: EngineInfo, verdict: Verification, begun: _Round) -> None:
-        """One round; its outcome waits for the next cycle."""
-        context, settings = self._context, self._context.config.self_test
+    async def _probe(self, view: EngineView, verdict: Verification, gamma: int, begun: _Round) -> None:
+        """One round; its outcome waits for the next cycle. An engine that keeps its verdict is asked about its draft alone."""
+        context, settings, info = self._context, self._context.config.self_test, view.info
+        tapped = verdict.state is VerificationState.PENDING
         try:
             target = context.target_of(info.target)
-            prober = Prober(context.redis, context.samples, target, settings.tolerance, settings.probe_timeout_s)
-            found = await anyio.to_thread.run_sync(self._references.find, info.target.digest, info.target.vocab)
-            reference = found if verdict.referenced else None
-            checks = await probe(prober, info, reference, verdict.attempt)
-            begun.outcome = Probed(0, verdict.attempt, checks)
+            prober = Prober(
+                context.redis, view.backend, context.samples, target, settings.tolerance, settings.probe_timeout_s
+            )
+            found = await probe(prober, info, verdict.attempt, gamma, again=tapped)
+            begun.answered = True
+            checks: tuple[Check, ...] = ()
+            if tapped:
+                reference = await anyio.to_thread.run_sync(self._reference_of, info, verdict)
+                checks = await anyio.to_thread.run_sync(judge, prober, info, reference, found.probed)
+            if machine.first_failure(checks) is None:  # rows that are wrong say nothing about the draft
+                draft, previous = await self._draft_of(view), await self._previous(info)
+                timeout_s = settings.probe_timeout_s
+                checks += (await acceptance.check(context, info, draft, previous, found.drafted, timeout_s),)
+            told = any(check.name == acceptance.NAME and check.outcome is CheckOutcome.OK for check in checks)
+            begun.outcome = Probed(0, verdict.attempt, checks, info.version, told)
+        except Superseded as exc:
+            await context.leadership.step_down(exc)
         except TideError as exc:
             _log.warning("probe-failed", engine=info.engine, why=str(exc))
-            begun.outcome = ProbeFailed(0, verdict.attempt, str(exc))
+            untold = Check(acceptance.NAME, CheckOutcome.SKIPPED, str(exc))
+            begun.outcome = (
+                ProbeFailed(0, verdict.attempt, str(exc))
+                if tapped
+                else Probed(0, verdict.attempt, (untold,), info.version)
+            )
+
+    def _reference_of(self, info: EngineInfo, verdict: Verification) -> Reference | None:
+        return self._references.find(info.target.digest, info.target.vocab) if verdict.referenced else None
+
+    async def _previous(self, info: EngineInfo) -> str:
+        """The version that the newest swap replaced by the one that serves, or ""."""
+        found = await self._context.state.get(Deployment, deployer.STATE, info.engine)
+        return found.previous if found is not None and found.version == info.version else ""
 
     async def _listening(self, info: EngineInfo, verdict: Verification, now_ms: int) -> Verification:
         """Only what is allowed to train is stored, and only that can be listened to."""
@@ -292,9 +337,13 @@ class SelfTest:
         tapped = [Tapped.of([run]) for run in runs]
         target = self._context.target_of(info.target)
         shape = Shape(target.info.aux_layers, Capability.LAST_HIDDEN in info.capabilities)
-        return diagnosis.finite(tapped), diagnosis.greedy(target.path, tapped, shape, sampled=True)
+        emitted = diagnosis.greedy(target.path, tapped, shape, sampled=True)
+        return diagnosis.finite(tapped), resemble(target.path, tapped), emitted
 
-    async def _settled(self, info: EngineInfo, verdict: Verification, now_ms: int) -> Verification:
+    async def _settled(self, view: EngineView, verdict: Verification, now_ms: int) -> Verification:
+        info = view.info
+        if machine.wants_draft(verdict, info.version) and self._granted(verdict) and await self._serves_for_good(view):
+            return await self._apply(info, verdict, DraftServed(now_ms, info.version))
         now_s = self._context.clock()
         if now_s - self._swept_s.get(info.engine, float("-inf")) >= SWEEP_EVERY_S:
             self._swept_s[info.engine] = now_s
@@ -308,13 +357,23 @@ class SelfTest:
                     return await self._apply(info, verdict, ReferenceFound(now_ms))
         return await self._apply(info, verdict, TimePassed(now_ms))
 
+    async def _serves_for_good(self, view: EngineView) -> bool:
+        """Whether the engine serves a trained draft, whose watch is over."""
+        deployment = await self._context.state.get(Deployment, deployer.STATE, view.engine)
+        if deployment is not None and not deployment.state.final:
+            return False
+        draft = await self._draft_of(view)
+        return draft is not None and draft.origin is not DraftOrigin.INIT
+
     # --- what follows from it ---
 
     async def _trust(self, view: EngineView, verdict: Verification) -> Trust:
+        held = self._rounds.get(view.engine)
+        answered = held is not None and held.attempt == verdict.attempt and held.answered
+        probing = verdict.phase is VerificationPhase.PROBING and not answered
         if self._granted(verdict):
             await self._release(view.info)
-            return Trust(True)
-        probing = verdict.phase is VerificationPhase.PROBING
+            return Trust(True, probing)
         return Trust(False, probing, "" if verdict.state is VerificationState.PENDING else self._problem(verdict))
 
     def _granted(self, verdict: Verification) -> bool:

@@ -73,7 +73,7 @@ for _, chunk in ipairs(cjson.decode(ARGV[4])) do
         rows = rows + part[2]
       end
     end
-    count_both('stored', rows)
+    count_both(ARGV[5], rows)
     local late = math.min(get('unknown'), rows)
     count_both('unknown', -late)
     for _, total in ipairs({'tapped', 'sent', 'shed', 'skipped'}) do
@@ -109,9 +109,10 @@ _SETTLE = (
 if redis.call('EXISTS', seen) == 1 then redis.call('EXPIRE', seen, ARGV[2]) end
 if redis.call('XLEN', samples) > 0 then return 0 end
 redis.call('SET', credit, '0')
-count_both('lost', math.max(get('sent') - get('stored') - get('lost'), 0))
+count_both('lost', math.max(get('sent') - get('stored') - get('purged') - get('lost'), 0))
 if ARGV[1] == '0' then
-  count_both('unknown', math.max(get('tapped') - get('shed') - get('stored') - get('lost') - get('unknown'), 0))
+  local known = get('shed') + get('stored') + get('purged') + get('lost') + get('unknown')
+  count_both('unknown', math.max(get('tapped') - known, 0))
 end
 return 1
 """
@@ -142,10 +143,16 @@ def _keys(engine: str, incarnation: str) -> list[str]:
     return [keys.samples(engine), keys.credit(engine), keys.seen(engine, incarnation), keys.ledger(engine)]
 
 
-async def acknowledge(redis: Redis, engine: str, incarnation: str, chunks: Iterable[StoredChunk]) -> None:
-    """Count what is durable of `chunks`, take whole ones out of the stream and give their bytes back to the producer."""
+async def acknowledge(
+    redis: Redis, engine: str, incarnation: str, chunks: Iterable[StoredChunk], *, purged: bool = False
+) -> None:
+    """Count what is durable of `chunks`, take whole ones out of the stream and give their bytes back to the producer.
+
+    `purged`: it is not durable but discarded for good, because an operator wants it gone.
+    """
     plain = json.dumps([to_plain(chunk) for chunk in chunks])
-    args: list[str | int | bytes] = [keys.SAMPLES_GROUP, SEEN_TTL_S, SEQ_WINDOW, plain]
+    fate = "purged" if purged else "stored"
+    args: list[str | int | bytes] = [keys.SAMPLES_GROUP, SEEN_TTL_S, SEQ_WINDOW, plain, fate]
     await scripts.run(redis, _STORED, _keys(engine, incarnation), args, allow_oom=True)
 
 
@@ -205,7 +212,7 @@ async def read_seen(redis: Redis, engine: str, incarnation: str) -> Seen:
 
 
 async def read_ledger(redis: Redis, engine: str) -> SampleTotals:
-    """The engine's samples so far, over all its incarnations, in rows: tapped = stored + shed + lost + unknown + in_flight.
+    """The engine's samples so far, over all its incarnations, in rows: tapped = stored + purged + shed + lost + unknown + in_flight.
 
     Exact when drained; before that `tapped` is as old as the newest chunk of which something is stored.
     """
@@ -215,18 +222,19 @@ async def read_ledger(redis: Redis, engine: str) -> SampleTotals:
         pipeline.get(keys.credit(engine))
         fields, used = cast("tuple[dict[bytes, bytes], bytes | None]", await pipeline.execute())
     count = {name.decode(): int(value) for name, value in fields.items()}
-    tapped, stored, shed, lost, unknown = (
-        count.get(name, 0) for name in ("tapped", "stored", "shed", "lost", "unknown")
+    tapped, stored, purged, shed, lost, unknown = (
+        count.get(name, 0) for name in ("tapped", "stored", "purged", "shed", "lost", "unknown")
     )
     return SampleTotals(
         tapped=tapped,
         stored=stored,
         shed=shed,
         lost=lost,
-        in_flight=tapped - stored - shed - lost - unknown,
+        in_flight=tapped - stored - purged - shed - lost - unknown,
         duplicated=count.get("duplicated", 0),
         skipped=count.get("skipped", 0),
         unknown=unknown,
         stream_bytes=max(int(used or 0), 0),
         dead=count.get("dead", 0),
+        purged=purged,
     )

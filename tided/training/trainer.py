@@ -14,6 +14,7 @@ from tided.draft.checkpoint import Checkpoint
 from tided.draft.eagle3 import Eagle3
 from tided.model.errors import Refused
 from tided.model.records import Evaluation, JobResult, JobSpec, Progress
+from tided.training.chains import chains_of
 from tided.training.data import Run, read_runs, split_validation
 from tided.training.evaluate import evaluate
 from tided.training.loop import Loop, Report
@@ -68,17 +69,28 @@ def train(spec: JobSpec, out_dir: Path, report: Report) -> JobResult:
 
 
 def score(spec: JobSpec, report: Report) -> JobResult:
-    """Run a score job: `candidate` is the evaluation of the job's draft on its held-out shards."""
+    """Run a score job: `candidate` is the evaluation of the job's draft on its held-out shards, `chains` what its groups must give."""
     started = time.monotonic()
     options = options_for(spec.recipe, spec.options)
     torch.set_num_threads(options.threads)
     draft = checkpoint.load(Path(spec.draft_dir))
     runs = read_runs(spec.held_out, draft.config.hidden, draft.config.vocab, spec.target)
+    if spec.groups:
+        runs = [run for run in runs if run.group.hex() in spec.groups]
     held_out = bounded(runs, options.held_out_tokens)
     report(Progress(0.0, "scoring"))
     frozen = Frozen.read(Path(spec.target_dir), draft, options.device)
     evaluation = _score(draft, held_out, frozen, spec.gamma, options)
-    return JobResult(version=draft.version, candidate=evaluation, seconds=time.monotonic() - started)
+    chains = (
+        chains_of(draft, _previous(spec), held_out, frozen, Path(spec.target_dir), spec.gamma) if spec.groups else ()
+    )
+    return JobResult(
+        version=draft.version, candidate=evaluation, seconds=time.monotonic() - started, chains=tuple(chains)
+    )
+
+
+def _previous(spec: JobSpec) -> Checkpoint | None:
+    return checkpoint.load(Path(spec.previous_dir)) if spec.previous_dir else None
 
 
 def _score(source: Checkpoint, runs: Sequence[Run], frozen: Frozen, gamma: int, options: TrainOptions) -> Evaluation:

@@ -67,6 +67,11 @@ def aside(engine: str) -> str:
     return _engine(engine, "aside")
 
 
+def purge(engine: str) -> str:
+    """The entry of `samples` up to which an operator wants everything gone. Written by the leader; has a TTL."""
+    return _engine(engine, "purge")
+
+
 def info(engine: str) -> str:
     """The engine's heartbeat record, under a TTL."""
     return _engine(engine, "info")
