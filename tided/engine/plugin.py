@@ -66,9 +66,9 @@ class PluginSettings:
             engine=check_name(engine, "TIDED_ENGINE"),
             redis_url=given.get("TIDED_REDIS_URL", DEFAULT_REDIS_URL),
             ring_slots=int(slots),
-            last_hidden=_switch(given, "TIDED_LAST_HIDDEN", "0"),
+            last_hidden=switch(given, "TIDED_LAST_HIDDEN", default="0"),
             gammas=_gammas(given.get("TIDED_GAMMAS", "0")),
-            profile=_switch(given, "TIDED_PROFILE", "1"),
+            profile=switch(given, "TIDED_PROFILE", default="1"),
             report_interval_s=_seconds(given, "TIDED_REPORT_INTERVAL_S", "0.5"),
         )
 
@@ -102,7 +102,8 @@ def plain_temperature(params: Any) -> float | None:
     return None if narrowed else float(params.temperature)
 
 
-def _switch(given: Mapping[str, str], name: str, default: str) -> bool:
+def switch(given: Mapping[str, str], name: str, *, default: str) -> bool:
+    """A variable that is 0 or 1. Raises `Refused` for anything else."""
     text = given.get(name, default)
     if text not in ("0", "1"):
         raise Refused(f"{name} must be 0 or 1, got {text!r}")
