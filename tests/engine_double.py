@@ -68,7 +68,16 @@ class EngineDouble:
             await client.delete(keys.info(self.info.engine))
             await client.aclose()
 
-    async def report(self, *, alpha: float, requests: int = 0, gamma: int = 4, running: int = 1) -> None:
+    async def report(
+        self,
+        *,
+        alpha: float,
+        requests: int = 0,
+        gamma: int = 4,
+        running: int = 1,
+        temperature: float | None = None,
+        at_ms: int = 0,
+    ) -> None:
         """Observations as if `requests` had finished, each of 40 steps in which a drafted token is accepted with `alpha`."""
         steps = max(requests, 1) * 40
         histogram, reached = list[int](), float(steps)
@@ -77,13 +86,13 @@ class EngineDouble:
             reached *= alpha
         histogram.append(steps - sum(histogram))
         accepted = sum(k * n for k, n in enumerate(histogram)) // max(requests, 1)
-        stats = RequestStats(20, 60, 40, 40 * gamma, accepted, self.info.version)
+        stats = RequestStats(20, 41 + accepted, 40, 40 * gamma, accepted, self.info.version, temperature)
         self._seq += 1
         observation = Observation(
             engine=self.info.engine,
             incarnation=self.info.incarnation,
             seq=self._seq,
-            at_ms=0,
+            at_ms=at_ms,
             version=self.info.version,
             running=running,
             waiting=0,

@@ -15,6 +15,7 @@ from tided.draft import checkpoint
 from tided.draft.target import describe
 from tided.engine import agent
 from tided.engine.tap import MAX_REQUEST_ID
+from tided.model.codec import from_plain, to_plain
 from tided.model.ids import prompt_group
 from tided.model.records import (
     Capability,
@@ -102,7 +103,7 @@ OBSERVATION = Observation(
     running=2,
     waiting=0,
     steps=(StepCounts(2, 3, 10, 0.25, (9, 6, 3, 2)),),
-    requests=(RequestStats(2, 25, 10, 30, 14, VERSION),),
+    requests=(RequestStats(2, 25, 10, 30, 14, VERSION, 0.75),),
     tap=TOTALS,
 )
 BODIES = {
@@ -163,6 +164,13 @@ def test_the_pages_bytes_are_what_the_code_reads() -> None:
     assert decode(Observation, page["observation"]) == OBSERVATION
     assert {name: decode_command(page[name]) for name in COMMANDS} == COMMANDS
     assert {name: decode(Reply, page[name]) for name in REPLIES} == REPLIES
+
+
+def test_an_engine_that_tells_no_temperature_is_understood() -> None:
+    told = to_plain(OBSERVATION)
+    del told["requests"][0]["temperature"]
+    (request,) = from_plain(Observation, told).requests
+    assert request.temperature is None
 
 
 def test_the_figures_of_the_examples_are_told() -> None:

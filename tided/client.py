@@ -131,6 +131,7 @@ class _Steps:
 @dataclass(slots=True)
 class _Request:
     prompt_tokens: int
+    temperature: float | None
     spec_steps: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -239,9 +240,9 @@ class _Engine:
 
     # --- the step loop ---
 
-    def begin(self, request: str, prompt_tokens: int) -> None:
+    def begin(self, request: str, prompt_tokens: int, temperature: float | None) -> None:
         with self._lock:
-            self._requests[request] = _Request(prompt_tokens)
+            self._requests[request] = _Request(prompt_tokens, temperature)
 
     def step(self, gamma: int, accepted: Mapping[str, int], seconds: float) -> None:
         if not accepted or not all(0 <= count <= gamma for count in accepted.values()):
@@ -267,7 +268,7 @@ class _Engine:
             if known is None:
                 return
             told = (known.prompt_tokens, output_tokens, known.spec_steps, known.drafted, known.accepted)
-            self._counts.finished.append(RequestStats(*told, self.version))
+            self._counts.finished.append(RequestStats(*told, self.version, known.temperature))
             del self._counts.finished[:-MAX_FINISHED]
 
 
@@ -329,9 +330,14 @@ class Producer:
 
     # --- the step loop ---
 
-    def begin(self, request: str, prompt_ids: Sequence[int], *, private: bool = False) -> None:
-        """A request begins, with its whole prompt (also what a prefix cache will serve). `private`: it is never captured."""
-        self._engine.begin(request, len(prompt_ids))
+    def begin(
+        self, request: str, prompt_ids: Sequence[int], *, private: bool = False, temperature: float | None = None
+    ) -> None:
+        """A request begins, with its whole prompt (also what a prefix cache will serve). `private`: it is never captured.
+
+        `temperature`: what its tokens are sampled at, 0.0 for greedy; None where more than that shapes what is sampled from.
+        """
+        self._engine.begin(request, len(prompt_ids), temperature)
         self._tap.begin(request, prompt_ids, private)
 
     def record(self, request: str, position: int, ids: Sequence[int], states: "torch.Tensor | HostRows") -> None:

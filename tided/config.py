@@ -158,7 +158,10 @@ class SpeculationConfig(_Section):
 
 
 class TrainingConfig(_Section):
-    """When to train (Algorithm 1) and with what."""
+    """When to train (Algorithm 1) and with what.
+
+    `fault_check_s`: how often, at most, the served draft is scored to see whether the engine accepts what it could; 0 is never.
+    """
 
     enabled: bool = True
     min_rows: Count = 20_000
@@ -170,6 +173,7 @@ class TrainingConfig(_Section):
     replay_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25
     max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
     draft_vocab: Annotated[int, Field(ge=64)] = 8192
+    fault_check_s: Annotated[float, Field(ge=0)] = 300.0
 
     @model_validator(mode="after")
     def _check_windows(self) -> Self:

@@ -89,7 +89,7 @@ class Server:
                 self._cancel(asked["cancel"])
                 continue
             request = Running(asked["id"], asked["prompt"], asked["max_tokens"], asked["ignore_eos"])
-            self._producer.begin(request.id, request.prompt, private=asked["private"])
+            self._producer.begin(request.id, request.prompt, private=asked["private"], temperature=0.0)
             self._waiting.append(request)
         while self._waiting and len(self._running) < MAX_BATCH:
             self._running.append(self._waiting.pop(0))

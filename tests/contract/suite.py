@@ -241,6 +241,7 @@ class BackendContract:
             # The last steps of a request may draft fewer: there is no room for more tokens.
             assert max(gammas[0] - 1, 0) * stats.spec_steps <= stats.drafted <= gammas[0] * stats.spec_steps
             assert stats.accepted <= stats.drafted
+            assert stats.temperature == 0.0
             assert (1, gammas[0]) in {(counts.batch, counts.gamma) for r in peer.observations() for counts in r.steps}
         await self._assert_refused(peer, SetSchedule((most + 1,)))
         await self._assert_refused(peer, SetSchedule(()))

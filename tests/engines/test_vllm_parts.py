@@ -17,7 +17,7 @@ from tests.ctl_run import tidectl
 from tests.support import eventually
 from tests.tiny import VOCAB, make_draft, make_target
 from tided.draft import checkpoint
-from tided.engine.plugin import Faults
+from tided.engine.plugin import Faults, plain_temperature
 from tided.engine.tap import Tap, TapSettings
 from tided.engine.vllm import worker
 from tided.engine.vllm.boundary import StepBoundary
@@ -25,6 +25,7 @@ from tided.engine.vllm.capture import Capture, Ending, StepRows
 from tided.engine.vllm.counts import Schedule, SchedulerCounts
 from tided.engine.vllm.optout import EXTRA_ARGUMENT, MARK, NoCapture, opted_out
 from tided.engine.vllm.remote import RemoteTap
+from tided.engine.vllm.sampling import expand, mend
 from tided.engine.vllm.settings import VllmSettings
 from tided.engine.vllm.worker import AttachRequest, Status
 from tided.model.errors import Refused, Unavailable
@@ -251,7 +252,11 @@ class FakeScheduler:
 
     def add(self, name: str, output_tokens: int) -> None:
         self.requests[name] = SimpleNamespace(
-            request_id=name, num_output_tokens=output_tokens, num_prompt_tokens=8, is_finished=lambda: False
+            request_id=name,
+            num_output_tokens=output_tokens,
+            num_prompt_tokens=8,
+            is_finished=lambda: False,
+            sampling_params=SimpleNamespace(temperature=0.7, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0),
         )
 
     def schedule(self) -> SimpleNamespace:
@@ -287,9 +292,47 @@ def test_counts_of_a_mixed_step() -> None:
     assert all(item.seconds > 0 for item in steps)
     (stats,) = finished
     assert (stats.spec_steps, stats.drafted, stats.accepted, stats.version) == (1, 2, 2, "v")
+    assert stats.temperature == 0.7
     assert counts.take() == ((), ())
     assert scheduler.update_from_output("broken", output) == "updated"
     assert faults.total == 1
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ({"temperature": 0.0, "top_k": 0, "top_p": 0.5}, 0.0),
+        ({"temperature": 0.7, "top_k": -1}, 0.7),
+        ({"temperature": 0.7, "top_k": 1 << 30}, 0.7),
+        ({"temperature": 1.0, "top_k": 1}, 0.0),  # what SGLang makes of temperature 0
+        ({"temperature": 0.7, "top_k": 40}, None),
+        ({"temperature": 0.7, "top_p": 0.9}, None),
+        ({"temperature": 0.7, "min_p": 0.1}, None),
+        ({"temperature": 0.0, "repetition_penalty": 1.1}, None),
+        ({"temperature": 0.7, "logit_bias": {7: 1.0}}, None),
+        ({"temperature": 0.7, "structured_outputs": object()}, None),
+        ({"temperature": 0.7, "json_schema": "{}"}, None),
+    ],
+)
+def test_a_temperature_is_told_where_nothing_else_shapes_the_distribution(
+    params: dict[str, Any], told: float | None
+) -> None:
+    neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+    assert plain_temperature(SimpleNamespace(**{**neutral, **params})) == told
+
+
+def test_values_are_spread_over_drafted_tokens() -> None:
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    spread = torch.full((6,), 9.0)
+    expand(spread, torch.tensor([0.7, 1.3, 0.0]), ends, 0, 1)
+    assert spread.tolist() == pytest.approx([0.7, 0.7, 1.0, 1.0, 1.0, 9.0])
+    whole = torch.zeros(5, dtype=torch.int32)
+    expand(whole, torch.tensor([50, 7, 9], dtype=torch.int32), ends, 0, 0, MAX_NUM_TOKENS=128)
+    assert whole.tolist() == [50, 50, 9, 9, 9]
+    kernels = SimpleNamespace(_expand_kernel_impl=print)
+    for _ in range(2):
+        mend(kernels)
+        assert kernels._expand_kernel_impl is expand
 
 
 def test_a_schedule_is_the_schedulers_table() -> None:
@@ -367,9 +410,10 @@ def test_settings() -> None:
     assert VllmSettings.from_environment({}) is None
     found = VllmSettings.from_environment({"TIDED_ENGINE": "e", "TIDED_SKIP_DRAFT_AFTER": "0"})
     assert found is not None
-    assert (found.plugin.engine, found.skip_draft_after) == ("e", 0)
-    with pytest.raises(Refused, match="TIDED_SKIP_DRAFT_AFTER"):
-        VllmSettings.from_environment({"TIDED_ENGINE": "e", "TIDED_SKIP_DRAFT_AFTER": "some"})
+    assert (found.plugin.engine, found.skip_draft_after, found.mend_sampling) == ("e", 0, True)
+    for name in ("TIDED_SKIP_DRAFT_AFTER", "TIDED_MEND_SAMPLING"):
+        with pytest.raises(Refused, match=name):
+            VllmSettings.from_environment({"TIDED_ENGINE": "e", name: "some"})
 
 
 def test_engine_args_print_a_command_that_a_shell_reads(tmp_path: Path) -> None:

@@ -41,6 +41,14 @@ FUNCTIONS = {
         "num_rejected_tokens_gpu",
     },
     ("model_executor/layers/utils.py", "dispatch_cpu_unquantized_gemm"): {"layer"},
+    ("utils/cpu_triton_utils.py", "_expand_kernel_impl"): {
+        "output",
+        "input_val",
+        "cu_num_tokens",
+        "replace_from",
+        "replace_to",
+        "MAX_NUM_TOKENS",
+    },
     ("v1/engine/utils.py", "get_engine_process_shutdown_timeout"): {"request_timeout", "process_timeout"},
 }
 V2_PROPOSE = {
@@ -78,6 +86,7 @@ CALLS = {
     RUNNER_V2: ("self.speculator.propose(",),
     SCHEDULER: ("self.dynamic_sd_lookup[", "self._free_request("),
     CORE: ("self._handle_client_request(*req)", "self.input_queue", "self.step_fn"),
+    "platforms/cpu.py": ("cpu_tl._expand_kernel_impl",),
     "v1/engine/utils.py": ("= get_engine_process_shutdown_timeout(",),
     "model_executor/layers/linear.py": ("from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm",),
     "model_executor/layers/vocab_parallel_embedding.py": (
@@ -156,9 +165,10 @@ from importlib.metadata import entry_points
 register = entry.load()
 from vllm.model_executor.layers import utils as layers
 from vllm.v1.engine import core, utils
+from vllm.utils import cpu_triton_utils as kernels
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer as P
 def state():
-    return (core.EngineCoreProc.run_busy_loop, core.DPEngineCoreProc.run_busy_loop, P.load_model,
+    return (kernels._expand_kernel_impl, core.EngineCoreProc.run_busy_loop, core.DPEngineCoreProc.run_busy_loop, P.load_model,
             layers.dispatch_cpu_unquantized_gemm, utils.get_engine_process_shutdown_timeout)
 before = state()
 register()
@@ -174,3 +184,27 @@ assert state() == after
         [str(built.python), "-c", code], env=built.environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_processors_sampling_is_mended() -> None:
+    """What vLLM's sampler gets of temperatures and of top-k, once vLLM has registered its stand-ins as its worker does."""
+    built = engine_environment("vllm")
+    code = """
+import torch
+from importlib.metadata import entry_points
+(entry,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "tided"]
+entry.load()()
+from vllm.platforms import current_platform
+from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
+current_platform.register_triton_kernel_overrides()
+ends = torch.tensor([2, 2, 3], dtype=torch.int32)
+spread = expand_batch_to_tokens(torch.tensor([0.7, 0.0, 0.0]), ends, 3, replace_from=0, replace_to=1)
+assert torch.equal(spread, torch.tensor([0.7, 0.7, 1.0])), spread
+spread = expand_batch_to_tokens(torch.tensor([50, 7, 9], dtype=torch.int32), ends, 3)
+assert torch.equal(spread, torch.tensor([50, 50, 9], dtype=torch.int32)), spread
+"""
+    environment = {**built.environment, "TIDED_ENGINE": "e"}
+    done = subprocess.run(
+        [str(built.python), "-c", code], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]

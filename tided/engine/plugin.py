@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tided.model.errors import Refused
 from tided.model.ids import check_name
@@ -17,6 +18,21 @@ log = logging.getLogger(__name__)
 NO_CAPTURE_HEADER = "x-tide-no-capture"
 """A request with this header at "1" is never tapped."""
 DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
+_GREEDY_BELOW = 1e-5  # vLLM's and SGLang's own bounds are at or below it
+_ALL_TOKENS = 1 << 30  # SGLang's top_k for no bound; vLLM's is 0 or -1
+_SHAPING = (
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "bad_words",
+    "allowed_token_ids",
+    "structured_outputs",
+    "json_schema",
+    "regex",
+    "ebnf",
+    "structural_tag",
+)
+"""Fields of vLLM's and SGLang's sampling parameters that change the target's distribution when they are set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +66,9 @@ class PluginSettings:
             engine=check_name(engine, "TIDED_ENGINE"),
             redis_url=given.get("TIDED_REDIS_URL", DEFAULT_REDIS_URL),
             ring_slots=int(slots),
-            last_hidden=_switch(given, "TIDED_LAST_HIDDEN", "0"),
+            last_hidden=switch(given, "TIDED_LAST_HIDDEN", default="0"),
             gammas=_gammas(given.get("TIDED_GAMMAS", "0")),
-            profile=_switch(given, "TIDED_PROFILE", "1"),
+            profile=switch(given, "TIDED_PROFILE", default="1"),
             report_interval_s=_seconds(given, "TIDED_REPORT_INTERVAL_S", "0.5"),
         )
 
@@ -73,7 +89,21 @@ class Faults:
         return sum(self.counts.values())
 
 
-def _switch(given: Mapping[str, str], name: str, default: str) -> bool:
+def plain_temperature(params: Any) -> float | None:
+    """What to report as a request's temperature, from vLLM's or SGLang's sampling parameters.
+
+    0.0 for greedy; None when more than a temperature makes the distribution that is sampled from.
+    """
+    if any(getattr(params, name, None) for name in _SHAPING) or getattr(params, "repetition_penalty", 1.0) != 1.0:
+        return None
+    if params.temperature < _GREEDY_BELOW or params.top_k == 1:
+        return 0.0
+    narrowed = params.top_p < 1.0 or 0 < params.top_k < _ALL_TOKENS or params.min_p > 0.0
+    return None if narrowed else float(params.temperature)
+
+
+def switch(given: Mapping[str, str], name: str, *, default: str) -> bool:
+    """A variable that is 0 or 1. Raises `Refused` for anything else."""
     text = given.get(name, default)
     if text not in ("0", "1"):
         raise Refused(f"{name} must be 0 or 1, got {text!r}")

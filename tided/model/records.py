@@ -87,7 +87,11 @@ class StepCounts:
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
-    """One finished request. `accepted` and `drafted` count tokens, `spec_steps` its steps with gamma > 0."""
+    """One finished request. `accepted` and `drafted` count tokens, `spec_steps` its steps with gamma > 0.
+
+    `temperature`: what its tokens were sampled at, 0.0 for greedy; None when that is not known, or when something else (top-p,
+    penalties, a grammar) shaped the target's distribution as well.
+    """
 
     prompt_tokens: int
     output_tokens: int
@@ -95,6 +99,7 @@ class RequestStats:
     drafted: int
     accepted: int
     version: str  # the draft that served its last step
+    temperature: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,22 @@ class DraftOrigin(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingScore:
+    """What a draft gives on the held-out requests that were sampled at `temperature` (0.0: greedy), if the engine samples rightly.
+
+    By prompt: `steps[i]` drafting steps are expected at the evaluation's gamma, and `accepted[i]` drafted tokens in them.
+    `conditional[k]` is the probability that drafted token k is accepted given that all before it were; `likeliest[k]` the same for an
+    engine that always drafts the likeliest token, and accepts it with the target's probability of it.
+    """
+
+    temperature: float
+    steps: tuple[float, ...]
+    accepted: tuple[float, ...]
+    conditional: tuple[float, ...]
+    likeliest: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """Acceptance of one draft on held-out requests: what the gate reads.
 
@@ -151,6 +172,7 @@ class Evaluation:
     tokens: tuple[int, ...]
     conditional: tuple[float, ...]
     out_of_vocabulary: float = 0.0  # share of scored tokens that the draft vocabulary lacks
+    sampling: tuple[SamplingScore, ...] = ()  # by temperature, where the job asked for it
 
     @property
     def length(self) -> float:
@@ -211,8 +233,9 @@ class Recipe(StrEnum):
 class JobSpec:
     """What a worker is asked to do: data only, never code. Paths are on the filesystem that hosts share.
 
-    train: from `draft`, on `shards`, evaluate parent and child on `held_out`. score: evaluate `draft` on `held_out`; with `groups`
-    only on these prompts, and say where its tokens are right (`Chain`); `previous_dir`: a version that the engine served before.
+    train: from `draft`, on `shards`, evaluate parent and child on `held_out`. score: evaluate `draft` on `held_out`, and for
+    each temperature of `mix` (temperature, share of the requests) where its samples have the last hidden state; with `groups` only on
+    these prompts, and say where its tokens are right (`Chain`); `previous_dir`: a version that the engine served before.
     reference: reference states of the target for `token_ids`.
     """
 
@@ -228,6 +251,7 @@ class JobSpec:
     held_out: tuple[str, ...] = ()
     recipe: Recipe = Recipe.COLD
     gamma: int = 4
+    mix: tuple[tuple[float, float], ...] = ()
     budget_s: float = 600.0
     token_ids: tuple[int, ...] = ()
     groups: tuple[str, ...] = ()  # hexadecimal

@@ -33,6 +33,7 @@ from tided.policies.base import SpeculationDecision
 from tided.services.context import Context
 from tided.services.deployer import Deployer
 from tided.services.dispatcher import Dispatcher, TrainingView
+from tided.services.faults import FaultWatch
 from tided.services.monitor import EngineView, Monitor
 from tided.services.pools import Heads, Member, Pool
 from tided.services.selftest import SelfTest
@@ -56,6 +57,7 @@ class Controller:
         self.dispatcher = Dispatcher(context, self.deployer, self.heads)
         self.speculator = Speculator(context.drafts)
         self.selftest = SelfTest(context, self._draft_of)
+        self.faults = FaultWatch(context)
         self.problems: dict[str, str] = {}
         """By engine: why tided keeps its hands off, or what failed in its newest cycle."""
         self.warnings: dict[str, str] = {}
@@ -179,7 +181,10 @@ class Controller:
         if problem or not trust.granted:
             await self._capture(view, False, done)
             return problem
-        sound.append(Member(view, deployment))
+        suspected = self.faults.warnings.get(view.engine, "")
+        if deployment is None or deployment.state.final:
+            suspected = await self.faults.reconcile(view, context.target_of(view.info.target), now_ms)
+        sound.append(Member(view, deployment, bool(suspected)))
         return ""
 
     async def _announce_schedule(self, view: EngineView, decision: SpeculationDecision) -> None:
@@ -331,6 +336,7 @@ class Controller:
     def _forget(self, gone: set[str]) -> None:
         self.speculator.forget(gone)
         self.selftest.forget(gone)
+        self.faults.forget(gone)
         for engine in gone:
             for known in (self.problems, self.warnings, self._schedules):
                 known.pop(engine, None)

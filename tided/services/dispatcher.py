@@ -53,8 +53,6 @@ from tided.services.stock import Stock, Stockroom
 STATE = "collection"
 AHEAD = 3
 """While a training is under way, up to so many times `min_rows` are captured ahead."""
-FAULT_GAP = 0.5
-FAULT_TRIALS = 200
 
 _log = structlog.get_logger()
 
@@ -104,11 +102,11 @@ class Dispatcher:
         collection, _ = await self._apply(pool, collection, TrendJudged(now_ms, _low(pool, collection, incumbent)))
         stock = await self._stockroom.stock(target, collection.since_ms)
         if self._context.training_for(target).enabled:
-            rows = self._ripe_rows(target, stock)
+            rows = self._ripe_rows(pool, stock)
             collection, _ = await self._apply(pool, collection, RowsStored(now_ms, rows))
         if collection.phase is Phase.TRAINING:
             collection = await self._training(pool, collection, stock, now_ms)
-        return self._shown(target, collection, stock)
+        return self._shown(target, collection, stock, pool.suspected)
 
     async def request(self, pool: Pool, event: CollectionEvent) -> Job:
         """An operator asks for a training. Raises `Conflict` when one is under way, `Refused` when there is nothing to train on."""
@@ -235,7 +233,6 @@ class Dispatcher:
                 refused = str(exc)
             else:
                 await self._announce_gate(pool, draft, decision)
-                await self._suspect_fault(member, job)
                 return collection
         return collection if waiting else await self._ended(pool, collection, job, Outcome.FAILED, refused, now_ms)
 
@@ -303,19 +300,6 @@ class Dispatcher:
             tokens=decision.tokens,
         )
 
-    async def _suspect_fault(self, member: Member, job: Job) -> None:
-        """The incumbent scores well offline on the very traffic on which it serves badly: that is no drift, and training cannot mend it."""
-        result, view = job.result, member.view
-        if result is None or result.incumbent is None or view.live.steps < FAULT_TRIALS:
-            return
-        served, scored = view.live.length(result.incumbent.gamma), result.incumbent.length
-        if scored - served > FAULT_GAP:
-            message = (
-                f"the served draft scores {scored:.2f} on held-out samples, served it gives {served:.2f}:"
-                " suspect the engine (layer ids, a swap half applied, sampling), not the traffic"
-            )
-            await self._context.announce("engine-fault-suspected", view.engine, message, scored=scored, served=served)
-
     def _rules(self, target: str) -> CollectionRules:
         settings = self._context.training_for(target)
         return CollectionRules(
@@ -324,12 +308,16 @@ class Dispatcher:
             cool_down_ms=round(settings.cool_down_s * 1000),
         )
 
-    def _ripe_rows(self, target: str, stock: Stock) -> int:
-        """Rows as the machine may count them: below its threshold until the gate could judge what comes out."""
-        least = self._context.training_for(target).min_rows
-        return stock.fresh_rows if stock.judgeable else min(stock.fresh_rows, least - 1)
+    def _ripe_rows(self, pool: Pool, stock: Stock) -> int:
+        """Rows as the machine may count them: below its threshold until the gate could judge what comes out, and while an engine is
+        suspected: what it serves badly, no training mends."""
+        least = self._context.training_for(pool.digest).min_rows
+        ripe = stock.judgeable and not pool.suspected
+        return stock.fresh_rows if ripe else min(stock.fresh_rows, least - 1)
 
-    def _shown(self, target: str, collection: Collection, stock: Stock) -> TrainingView:
+    def _shown(
+        self, target: str, collection: Collection, stock: Stock, suspected: tuple[str, ...] = ()
+    ) -> TrainingView:
         settings = self._context.training_for(target)
         capture = settings.enabled and machine.capture_wanted(collection, self._rules(target))
         if not settings.enabled:
@@ -343,13 +331,16 @@ class Dispatcher:
                 reason = f"{stock.fresh_rows} of {settings.min_rows} rows"
                 if stock.fresh_rows >= settings.min_rows and not stock.judgeable:
                     reason += ", waiting for more held-out requests"
+                if suspected:
+                    reason += f", not training while a fault of {', '.join(suspected)} is suspected"
         return TrainingView(collection, stock, capture, reason)
 
 
 def _low(pool: Pool, collection: Collection, incumbent: str) -> tuple[str, ...]:
-    """Engines whose acceptance has drifted. Only one that serves the incumbent can be judged now; of others it stays as it was."""
+    """Engines whose acceptance has drifted. Only one that serves the incumbent can be judged now; of others it stays as it was. What
+    falls at an engine that is suspected is no drift."""
     judged = {
-        member.view.engine: member.view.trend.drifting
+        member.view.engine: member.view.trend.drifting and not member.suspected
         for member in pool.members
         if member.view.trend.version == member.view.info.version == incumbent
     }

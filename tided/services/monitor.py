@@ -1,7 +1,8 @@
 """What is known about each engine: its heartbeat, and windows over its reports. Nothing here decides or writes.
 
 Counts of acceptance belong to one version and are forgotten when another serves. They fade with a half-life in request-steps, so
-that they follow the traffic at any speed; a new version starts with its gate's evaluation as prior, which fades likewise.
+that they follow the traffic at any speed; a new version starts with its gate's evaluation as prior, which fades likewise. Drift and faults
+are judged by temperature: requests that were sampled accept less than greedy ones, so a change of their mix is neither.
 """
 
 from collections import deque
@@ -16,6 +17,7 @@ from tided.backends.registry import backend_for
 from tided.config import TrainingConfig
 from tided.model.errors import Refused
 from tided.model.records import EngineInfo, Observation, RequestStats, StepCounts, TapTotals
+from tided.policies.faults import ServedClasses
 from tided.policies.speedup import Acceptance, expected_length
 from tided.policies.training import AcceptanceTrend, request_alpha
 from tided.store.engines import EngineStore
@@ -82,7 +84,7 @@ class EngineView:
 
     info: EngineInfo
     backend: Backend
-    trend: AcceptanceTrend
+    fresh_trend: AcceptanceTrend  # of a temperature that was not seen yet
     watch: Watch
     first_seen_s: float
     cursor: str = ""
@@ -97,6 +99,8 @@ class EngineView:
     batch_s: dict[int, float] = field(default_factory=dict)  # seconds spent at each batch size, fading
     expected: bool = False  # the prior of this version was looked up
     last_report_s: float | None = None
+    trends: dict[float | None, AcceptanceTrend] = field(default_factory=dict[float | None, AcceptanceTrend])
+    served: ServedClasses = field(default_factory=ServedClasses)  # by this version
     fault: str = ""  # of its adapter, which could not look at it in the newest poll
     slices: deque[_Slice] = field(default_factory=deque)
 
@@ -108,6 +112,12 @@ class EngineView:
     def acceptance(self) -> Acceptance:
         """Recent counts of the served version, its prior included."""
         return self.live.plus(self.prior)
+
+    @property
+    def trend(self) -> AcceptanceTrend:
+        """That of the temperature whose acceptance has drifted; if none has, of the one with most requests."""
+        trends = self.trends.values()
+        return max(trends, key=lambda trend: (trend.drifting, trend.samples), default=self.fresh_trend)
 
     def expect(self, conditional: tuple[float, ...]) -> None:
         """What an evaluation of the served version says about its acceptance."""
@@ -130,13 +140,16 @@ class EngineView:
         self.prior = self.prior.plus(Acceptance(), keep)
         self.trials += round(new.steps)
         for stats in observation.requests:
-            self.trend = self.trend.add(stats)
             self.watch.add(stats)
+            if stats.version == self.version:
+                found = self.served.add(stats, observation.at_ms)
+                self.trends[found] = self.trends.get(found, self.fresh_trend).add(stats)
 
     def restart(self, version: str) -> None:
         """Another version serves: forget the acceptance of the one before."""
         self.version, self.prior, self.live = version, Acceptance(), Acceptance()
-        self.trend, self.expected = self.trend.restart(version), False
+        self.fresh_trend, self.expected = self.fresh_trend.restart(version), False
+        self.trends, self.served = {}, ServedClasses()
 
     def told(self) -> tuple[int, int]:
         """(steps, trials) since the last call: what the policy is told once."""

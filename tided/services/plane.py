@@ -57,7 +57,8 @@ class ControlPlane:
     async def status(self) -> Status:
         """Answers in every condition: what is wrong is in `redis` and `problems`."""
         context, controller = self._context, self._controller
-        noted = (*controller.problems.values(), *controller.warnings.values(), *controller.speculator.problems.values())
+        told = (controller.problems, controller.warnings, controller.speculator.problems, controller.faults.warnings)
+        noted = (problem for source in told for problem in source.values())
         problems = [problem for problem in noted if problem]
         redis = controller.redis_problem or context.leadership.problem or "connected"
         setting, engines, workers, jobs = PolicySetting(), (), (), ()

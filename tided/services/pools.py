@@ -23,10 +23,11 @@ SHARED = "shared"
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An engine that is in order, with its newest deployment."""
+    """An engine that is in order, with its newest deployment. `suspected`: it accepts less than its draft could give."""
 
     view: EngineView
     deployment: Deployment | None
+    suspected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,11 @@ class Pool:
     @property
     def digest(self) -> str:
         return self.target.info.digest
+
+    @property
+    def suspected(self) -> tuple[str, ...]:
+        """Names of the engines among them that accept less than their draft could give."""
+        return tuple(member.view.engine for member in self.members if member.suspected)
 
     def can(self, capability: Capability) -> bool:
         """Whether all of them can."""

@@ -51,6 +51,11 @@ class Frozen:
         )
 
 
+def whole_head(target_dir: Path, device: str) -> Tensor:
+    """The target's head [vocab, H], BF16: for what needs its probabilities over all tokens."""
+    return tensor_of(target.read_tensor(target_dir, "lm_head.weight")).bfloat16().to(device)
+
+
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """The draft tokens that a softmax runs over: `ids` [C] draft ids, `index` [draft_vocab] their places or -1.

@@ -5,6 +5,7 @@ The gate's held-out requests are only touched to score parent and child, by the 
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from tided.training.chains import chains_of
 from tided.training.data import Run, read_runs, split_validation
 from tided.training.evaluate import evaluate
 from tided.training.loop import Loop, Report
-from tided.training.losses import Frozen
+from tided.training.losses import Frozen, whole_head
 from tided.training.options import Precision, TrainOptions, options_for
+from tided.training.sampling import evaluate_sampling
 from tided.training.vocabulary import adapt
 
 _STAGED = "draft"
@@ -81,6 +83,12 @@ def score(spec: JobSpec, report: Report) -> JobResult:
     report(Progress(0.0, "scoring"))
     frozen = Frozen.read(Path(spec.target_dir), draft, options.device)
     evaluation = _score(draft, held_out, frozen, spec.gamma, options)
+    if spec.mix:
+        head = whole_head(Path(spec.target_dir), options.device)
+        source = Eagle3.of(draft, device=options.device)
+        autocast = options.precision is Precision.BF16
+        sampling = evaluate_sampling(source, held_out, frozen, head, spec.gamma, spec.mix, autocast)
+        evaluation = replace(evaluation, sampling=sampling)
     chains = (
         chains_of(draft, _previous(spec), held_out, frozen, Path(spec.target_dir), spec.gamma) if spec.groups else ()
     )

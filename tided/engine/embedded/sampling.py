@@ -21,6 +21,13 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature <= 0.0
 
+    @property
+    def plain(self) -> float | None:
+        """The temperature to report: None where `top_p` narrows the distribution too."""
+        if self.greedy:
+            return 0.0
+        return self.temperature if self.top_p >= 1.0 else None
+
 
 @dataclass(frozen=True, slots=True)
 class Proposal:

@@ -421,6 +421,7 @@ class Scheduler:
             drafted=running.drafted,
             accepted=running.accepted,
             version=self.version,
+            temperature=running.request.params.plain,
         )
 
 
@@ -439,4 +440,4 @@ def _groups(lengths: list[int]) -> list[int]:
 
 
 def _stats(request: Request, output_tokens: int, version: str) -> RequestStats:
-    return RequestStats(len(request.prompt), output_tokens, 0, 0, 0, version)
+    return RequestStats(len(request.prompt), output_tokens, 0, 0, 0, version, request.params.plain)

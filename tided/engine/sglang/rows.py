@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from tided.engine.plugin import plain_temperature
 from tided.engine.sglang.host import HostStates
 from tided.engine.sglang.steps import StepBook
 from tided.engine.tap import MAX_TAIL, Tap
@@ -181,6 +182,7 @@ class RowTap:
                 drafted=tracked.drafted,
                 accepted=tracked.accepted,
                 version=self._version(),
+                temperature=plain_temperature(request.sampling_params),
             )
         )
 

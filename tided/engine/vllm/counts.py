@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tided.engine.plugin import Faults
+from tided.engine.plugin import Faults, plain_temperature
 from tided.model.errors import Refused
 from tided.model.records import RequestStats, StepCounts
 
@@ -161,6 +161,7 @@ class SchedulerCounts:
             drafted=counts.drafted,
             accepted=counts.accepted,
             version=self._version(),
+            temperature=plain_temperature(request.sampling_params),
         )
         with self._lock:
             self._finished.append(stats)

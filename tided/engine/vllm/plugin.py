@@ -2,7 +2,8 @@
 
 Patches of classes, each of which does what it did before unless an engine core runs with TIDED_ENGINE set:
 the core's busy loop (attach before it, detach after it); on processors the loading of the draft, whose linears must keep their
-plain weights to be replaceable; and the time that the core is given to end, which is none by default.
+plain weights to be replaceable; there, too, what loses the temperature of sampled requests (`tided.engine.vllm.sampling`); and the time
+that the core is given to end, which is none by default.
 """
 
 import functools
@@ -10,6 +11,7 @@ import logging
 from importlib import import_module
 from typing import Any
 
+from tided.engine.vllm.sampling import mend
 from tided.engine.vllm.settings import VllmSettings
 from tided.model.errors import Refused
 
@@ -23,10 +25,13 @@ END_S = 8.0
 def register() -> None:
     """Idempotent; does nothing without TIDED_ENGINE. Never raises."""
     try:
-        if VllmSettings.from_environment() is None:
+        settings = VllmSettings.from_environment()
+        if settings is None:
             return
         _patch_core()
         _patch_loading()
+        if settings.mend_sampling:
+            mend(import_module("vllm.utils.cpu_triton_utils"))
         _patch_ending()
     except Refused as exc:
         log.error("tided is not attached, the engine serves without it: %s", exc)
