@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import itertools
 import shutil
-import signal
 import sys
 import time
 from dataclasses import asdict
@@ -24,7 +23,7 @@ from bench.load import Traffic
 from bench.model import DEFAULT
 from bench.shift_plan import Phase, Places, Plan, smoke
 from bench.shift_report import write_report
-from bench.study import digest_of, noting, prompts_of, timeline, unless_ended
+from bench.study import digest_of, end_in_order_on_sigterm, noting, prompts_of, timeline, unless_ended
 from bench.traffic import Prompt
 from bench.turns import TurnLog, take_turns
 from tided.local import LocalStack
@@ -161,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if identity_part is not None:
         shutil.rmtree(places.work)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    end_in_order_on_sigterm()
     try:
         path = asyncio.run(study(plan, places))
     except TideError as exc:

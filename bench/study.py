@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import signal
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import asynccontextmanager
@@ -74,6 +75,12 @@ async def unless_ended(stack: LocalStack, work: Coroutine[Any, Any, T]) -> T:
         for task in (working, ended):
             task.cancel()
         await asyncio.gather(working, ended, return_exceptions=True)
+
+
+def end_in_order_on_sigterm() -> None:
+    """SIGTERM ends the program as Ctrl-C does, which an asynchronous one takes as cancellation; also where a shell had SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 @dataclass(frozen=True)

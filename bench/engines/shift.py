@@ -18,7 +18,6 @@ import asyncio
 import itertools
 import json
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from bench.engines.shift_plan import NONE, OWN, PLANS, STATIC, TIDED, Part, Plan
 from bench.engines.shift_report import write_report
 from bench.load import NO_CAPTURE, Traffic, client, each
 from bench.model import DEFAULT
-from bench.study import Parts, digest_of, noting, prompts_of, timeline, unless_ended
+from bench.study import Parts, digest_of, end_in_order_on_sigterm, noting, prompts_of, timeline, unless_ended
 from bench.traffic import Prompt
 from bench.turns import Measured, Pair, TurnLog
 from tided.config import Config
@@ -300,7 +299,7 @@ def main() -> None:
     options = parser.parse_args()
     plan, places = PLANS[options.plan](), Places(options.plan)
     if not options.report:
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        end_in_order_on_sigterm()
         try:
             asyncio.run(study(plan, places, options.model))
         except TideError as exc:
