@@ -65,6 +65,7 @@ class Session:
         self.faults = Faults()
         schedule = Schedule(core.scheduler)
         counts = SchedulerCounts(core.scheduler, self.faults, lambda: self._control.version)
+        _spare_empty_drafts(core, counts)
         self._boundary = _boundary(core)
         self._tap = RemoteTap(
             lambda timeout_s, method, *args: self._boundary.call(
@@ -128,6 +129,18 @@ def detach(session: Session | None) -> None:
             session.close()
     except Exception as exc:  # noqa: BLE001 - the engine ends in its own order
         log.error("tided: detaching failed: %s", type(exc).__name__)
+
+
+def _spare_empty_drafts(core: Any, counts: SchedulerCounts) -> None:
+    """After each step vLLM asks its workers for the tokens that they drafted, a round trip between processes. When the step was to draft
+    none, the answer is known. Not with a batch queue: there the newest scheduled step is not the one that has just been executed."""
+    take = core.post_step
+
+    def post_step(model_executed: bool) -> None:
+        if counts.proposed != 0 or core.batch_queue is not None:
+            take(model_executed)
+
+    core.post_step = post_step
 
 
 def _boundary(core: Any) -> StepBoundary:

@@ -46,6 +46,7 @@ class SchedulerCounts:
         self._began_s: dict[int, float] = {}  # by id of the scheduler output
         self._ended_s = 0.0
         self.scheduled = 0  # steps so far, whoever they were for
+        self.proposed = -1  # tokens that the newest step was to draft for the next; -1: not known
         self.paused = False  # while a profile runs requests of its own
         self._hook_schedule()
         self._hook_update()
@@ -77,6 +78,7 @@ class SchedulerCounts:
             began = time.perf_counter()
             output = original(*args, **kwargs)
             self.scheduled += 1
+            self.proposed = getattr(output, "num_spec_tokens_to_schedule", -1)
             if not self.paused and len(self._began_s) < 64:
                 self._began_s[id(output)] = began
             return output
