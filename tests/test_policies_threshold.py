@@ -128,6 +128,11 @@ def test_probes_cost_no_more_than_their_share(batch: int) -> None:
     assert lost_s < 2 * POLICY.probe_loss * 600
 
 
+def test_what_cannot_pay_is_not_probed() -> None:
+    dear = replace(PROFILE, draft_s=(0.2, 0.2, 0.2))  # each drafted token costs four steps
+    assert not decide(seen(None, profile=dear))[0].probing
+
+
 def test_a_watched_version_is_probed_sooner() -> None:
     soon = seen(0.05, now_s=POLICY.probe_every_s / 4 + 0.1, eager=True)
     assert decide(seen(0.05), soon)[1].probing

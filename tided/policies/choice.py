@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tided.model.records import LatencyProfile
 from tided.policies.base import BatchChoice, SpeculationObservation
 from tided.policies.speedup import Acceptance, steps_s
 
@@ -33,6 +34,12 @@ def predictions(seen: SpeculationObservation, acceptance: Acceptance) -> tuple[t
         tuple(length * times[0] / time for length, time in zip(lengths, times, strict=True))
         for times in steps_s(seen.profile, seen.max_batch, most)
     )
+
+
+def could_pay(profile: LatencyProfile, batch: int, gamma_max: int) -> int | None:
+    """The least gamma that would be faster than none if every token were accepted; None where there is none: nothing to find out."""
+    times = steps_s(profile, batch, gamma_max)[batch - 1]
+    return next((gamma for gamma in range(1, gamma_max + 1) if (gamma + 1) * times[0] > times[gamma]), None)
 
 
 def held(choices: Sequence[BatchChoice], gammas: Sequence[int]) -> tuple[BatchChoice, ...]:

@@ -16,7 +16,7 @@ from typing import Self
 from tided.config import SpeculationConfig
 from tided.model.errors import Refused
 from tided.policies.base import BatchChoice, SpeculationDecision, SpeculationObservation
-from tided.policies.choice import Rule, held, predictions
+from tided.policies.choice import Rule, could_pay, held, predictions
 from tided.policies.evidence import MEMORY_S, Evidence, LossAccount, figures, lost_s
 from tided.policies.speedup import Acceptance
 
@@ -129,7 +129,8 @@ class ThresholdPolicy:
             return replace(state, probe_due_s=due_s, signal_s=seen.now_s)
         soon_s = state.signal_s + _EAGER_SHARE * self.probe_every_s
         due_s = min(state.probe_due_s, soon_s) if seen.eager else state.probe_due_s
-        if seen.running > 0 and seen.now_s >= due_s:
+        batch = min(seen.running, seen.max_batch)
+        if batch and seen.now_s >= due_s and could_pay(seen.profile, batch, seen.gamma_max) is not None:
             return replace(state, probe_steps_left=self.probe_steps, probe_lost_s=0.0)
         return state
 

@@ -1,0 +1,302 @@
+"""The bandit policy: learns what each number of drafted tokens really gives, with Eq. 5 as its prior.
+
+An arm is a number of drafted tokens in a bucket of batch sizes (1, 2, 3-4, 5-8, ...). Its reward is the tokens a second that the engine
+measured with it, as a multiple of what Eq. 5 predicts at the acceptance known by then: so a reward stays true while acceptance moves, and
+what is learnt is where the profile is wrong. Rewards fade. An arm that was hardly tried is taken to be as far off as its bucket is.
+
+The best arm is chosen as the threshold policy chooses (margin, hysteresis, dwell, loss account). Now and then another arm of the
+bucket that is running is tried for about a second: the one that could be the best by its uncertainty; while nothing is drafted, one
+token, for acceptance would not be known otherwise. The sum of the losses that the policy predicts for its trials stays below the
+share `exploration` of the tokens that it predicts, in any 60 s of serving. The future is not known, so only a part of that is
+spent, measured by the lowest rate of the past minutes.
+"""
+
+from dataclasses import dataclass, field, replace
+from math import exp, sqrt
+from typing import Any, Self
+
+from tided.config import SpeculationConfig
+from tided.model.errors import Refused
+from tided.policies.base import BatchChoice, SpeculationDecision, SpeculationObservation
+from tided.policies.choice import Rule, could_pay, held, predictions
+from tided.policies.evidence import MEMORY_S, Evidence, LossAccount, figures, lost_s
+from tided.policies.speedup import steps_s
+
+EXPLORATION = 0.02
+"""Of the predicted tokens, what trials may lose."""
+WINDOW_S = 60.0
+"""Of serving, over which trials may lose their share."""
+_TRIAL_S = 0.9  # at least this long, at the first decision after it
+_RESERVED_S = 1.4  # of serving that a trial lasts at most, with reports and commands on their way
+_RESERVE_SHARE = (
+    0.6  # enough for one trial of any arm that could pay: one that loses half gains nothing even if all is accepted
+)
+_FLOOR_S = 300.0  # time constant with which a low rate is forgotten
+_HALF_LIFE_S = 120.0
+_PRIOR_STEPS = 100.0  # request-steps that the prior of an arm's reward is worth
+_UNSURE = 0.2  # relative uncertainty of an arm that was never tried
+_RESUME = 0.75  # of what stopped it
+_BUSY_SHARE = 4.0  # while drafting, acceptance is known anyway: trials may wait longer
+
+
+def bucket(batch: int) -> int:
+    """0 for batch 1, 1 for 2, 2 for 3-4, 3 for 5-8, ..."""
+    return (batch - 1).bit_length()
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """`weight`: request-steps measured, fading. `reward`: the sum over them of measured over predicted tokens a second."""
+
+    weight: float = 0.0
+    reward: float = 0.0
+
+    def faded(self, keep: float) -> "Arm":
+        return Arm(self.weight * keep, self.reward * keep)
+
+    def add(self, weight: float, reward: float) -> "Arm":
+        return Arm(self.weight + weight, self.reward + weight * reward)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """An arm that is being tried: `choices` are those of the decision that began it, and say what it is predicted to lose."""
+
+    bucket: int
+    gamma: int
+    choices: tuple[BatchChoice, ...]
+    began_s: float
+    over: bool = False  # kept for its last steps, which may still be on their way
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What trials have lost. `entries`: (serving clock, predicted loss in tokens) of the last 60 s; `floor`: the lowest rate lately."""
+
+    served_s: float = 0.0
+    entries: tuple[tuple[float, float], ...] = ()
+    floor: float | None = None
+
+    def add(self, seconds: float, tokens: float, loss: float) -> "Allowance":
+        """`seconds` of serving went by, in which `tokens` were predicted, and trials were predicted to lose `loss`."""
+        if seconds <= 0:
+            return self
+        now_s, rate = self.served_s + seconds, tokens / seconds
+        floor = rate if self.floor is None else self.floor + (rate - self.floor) * (1.0 - exp(-seconds / _FLOOR_S))
+        kept = tuple(entry for entry in self.entries if entry[0] > now_s - WINDOW_S)
+        return Allowance(now_s, (*kept, (now_s, loss)) if loss > 0 else kept, min(floor, rate))
+
+    @property
+    def lost(self) -> float:
+        return sum(loss for _, loss in self.entries)
+
+    def room(self, share: float) -> float:
+        """Tokens that trials may lose more."""
+        return _RESERVE_SHARE * share * WINDOW_S * (self.floor or 0.0) - self.lost
+
+
+@dataclass(frozen=True, slots=True)
+class BanditState:
+    """`arms` by (bucket, gamma). `gammas`: what is believed best; `since_change`: engine steps since it changed."""
+
+    version: str = ""
+    gammas: tuple[int, ...] = ()
+    since_change: int = 0
+    stopped: bool = False
+    at_s: float = 0.0
+    evidence: Evidence = field(default_factory=Evidence)
+    account: LossAccount = field(default_factory=LossAccount)
+    arms: dict[tuple[int, int], Arm] = field(default_factory=dict[tuple[int, int], Arm])
+    allowance: Allowance = field(default_factory=Allowance)
+    trial: Trial | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BanditPolicy:
+    """See the module. Fields as in the configuration's [speculation]; `exploration` is its option of that name."""
+
+    margin: float = 0.03
+    hysteresis: float = 0.03
+    dwell_steps: int = 32
+    most_lost: float = 0.02
+    probe_every_s: float = 5.0
+    exploration: float = EXPLORATION
+
+    @classmethod
+    def of(cls, config: SpeculationConfig) -> Self:
+        """The entry point. Raises `Refused` for other options than `exploration`, or a share that is none."""
+        options: dict[str, Any] = dict(config.options)
+        share = options.pop("exploration", EXPLORATION)
+        if options:
+            raise Refused(f"policy bandit takes speculation.options.exploration only, got {', '.join(options)}")
+        if not isinstance(share, int | float) or not 0 < share <= 0.1:
+            raise Refused(f"speculation.options.exploration: expected a share above 0 and at most 0.1, got {share!r}")
+        return cls(
+            margin=config.margin,
+            hysteresis=config.hysteresis,
+            dwell_steps=config.dwell_steps,
+            most_lost=config.most_lost,
+            probe_every_s=config.probe_every_s,
+            exploration=float(share),
+        )
+
+    def start(self) -> BanditState:
+        return BanditState()
+
+    def decide(self, state: BanditState, seen: SpeculationObservation) -> tuple[BanditState, SpeculationDecision]:
+        fresh = state.version != seen.version or len(state.gammas) != seen.max_batch
+        if fresh:  # what was learnt about times holds for the next draft, too
+            state = replace(
+                state,
+                version=seen.version,
+                gammas=(0,) * seen.max_batch,
+                since_change=0,
+                evidence=Evidence(),
+                trial=None,
+            )
+        state = replace(state, evidence=state.evidence.add(seen.measured))
+        acceptance = state.evidence.best(seen.acceptance)
+        predicted = predictions(seen, acceptance)
+        state = self._learn(state, seen, predicted)
+        rule = Rule(self.margin, self.hysteresis)
+        choices = tuple(
+            rule.choose(b, self._estimates(state, b, predicted[b - 1]), state.gammas[b - 1])
+            for b in range(1, seen.max_batch + 1)
+        )
+        since = state.since_change + seen.steps
+        if state.stopped:
+            choices = held(choices, (0,) * seen.max_batch)
+        elif not fresh and since < self.dwell_steps:
+            choices = held(choices, state.gammas)
+        wanted = tuple(choice.gamma for choice in choices)
+        state = replace(state, gammas=wanted, since_change=since if wanted == state.gammas and not fresh else 0)
+        state = self._try(state, seen, choices, known=acceptance.alpha is not None)
+        trial = state.trial if state.trial is not None and not state.trial.over else None
+        gammas = tuple(
+            trial.gamma if trial is not None and bucket(b) == trial.bucket else gamma
+            for b, gamma in enumerate(wanted, 1)
+        )
+        told = (*figures(seen, state.evidence, state.account), *self._figures(state, seen))
+        reason = self._reason(seen, state, choices, trial)
+        return state, SpeculationDecision(gammas, choices, acceptance.alpha, trial is not None, reason, told)
+
+    # --- what was measured ---
+
+    def _learn(
+        self, state: BanditState, seen: SpeculationObservation, predicted: tuple[tuple[float, ...], ...]
+    ) -> BanditState:
+        """Take rewards, the loss account and the allowance of trials on to `seen`."""
+        keep = 0.5 ** (max(seen.now_s - state.at_s, 0.0) / _HALF_LIFE_S)
+        arms = {key: arm.faded(keep) for key, arm in state.arms.items()}
+        base = steps_s(seen.profile, seen.max_batch, 0)
+        seconds = tokens = loss = 0.0
+        for counts in seen.measured:
+            if counts.batch > seen.max_batch or counts.seconds <= 0:
+                continue
+            row, none = predicted[counts.batch - 1], counts.batch / base[counts.batch - 1][0]
+            seconds += counts.seconds
+            tokens += counts.seconds * none * (row[state.gammas[counts.batch - 1]] if len(row) > 1 else 1.0)
+            if counts.gamma < len(row):
+                emitted = sum((k + 1) * n for k, n in enumerate(counts.accepted))
+                reward = emitted / counts.seconds / (none * row[counts.gamma])
+                key = (bucket(counts.batch), counts.gamma)
+                arms[key] = arms.get(key, Arm()).add(float(counts.steps * counts.batch), reward)
+            loss += counts.seconds * none * self._predicted_loss(state.trial, counts.batch, counts.gamma)
+        account = state.account.add(seen.now_s, lost_s(seen.profile, seen.measured, seen.max_batch, seen.gamma_max))
+        most_s = self.most_lost * MEMORY_S
+        return replace(
+            state,
+            at_s=seen.now_s,
+            arms=arms,
+            account=account,
+            stopped=account.balance_s > (_RESUME * most_s if state.stopped else most_s),
+            allowance=state.allowance.add(seconds, tokens, loss),
+        )
+
+    @staticmethod
+    def _predicted_loss(trial: Trial | None, batch: int, gamma: int) -> float:
+        """What a trial is predicted to lose at `batch`, as a multiple of the rate without speculation; 0.0 for other steps."""
+        if trial is None or bucket(batch) != trial.bucket or gamma != trial.gamma or batch > len(trial.choices):
+            return 0.0
+        choice = trial.choices[batch - 1]
+        return max(choice.predicted - choice.speedups[gamma], 0.0)
+
+    # --- what is believed ---
+
+    @staticmethod
+    def _estimates(state: BanditState, batch: int, predicted: tuple[float, ...]) -> tuple[float, ...]:
+        """Speedups by Eq. 5, each corrected by what its arm gave; 1.0 at gamma = 0."""
+        at = bucket(batch)
+        arms = [state.arms.get((at, gamma), Arm()) for gamma in range(len(predicted))]
+        weight, reward = sum(arm.weight for arm in arms), sum(arm.reward for arm in arms)
+        common = (reward + _PRIOR_STEPS) / (weight + _PRIOR_STEPS)
+        factors = [(arm.reward + _PRIOR_STEPS * common) / (arm.weight + _PRIOR_STEPS) for arm in arms]
+        return tuple(speedup * factor / factors[0] for speedup, factor in zip(predicted, factors, strict=True))
+
+    # --- trials ---
+
+    def _try(
+        self, state: BanditState, seen: SpeculationObservation, choices: tuple[BatchChoice, ...], *, known: bool
+    ) -> BanditState:
+        """Begin a trial, go on with it, or end it."""
+        trial = state.trial
+        if trial is not None and not trial.over:
+            overruled = state.stopped or state.version != seen.version
+            if overruled or seen.now_s - trial.began_s >= _TRIAL_S:
+                trial = replace(trial, over=True)
+            return replace(state, trial=trial)
+        if state.stopped or not seen.version or seen.gamma_max == 0 or seen.running == 0:
+            return state
+        choice = choices[min(seen.running, seen.max_batch) - 1]
+        every_s = self.probe_every_s * (1.0 if choice.gamma == 0 else _BUSY_SHARE)
+        gamma, batch = self._candidate(state, seen, choice), choice.batch
+        if gamma is None or (trial is not None and known and seen.now_s - trial.began_s < every_s):
+            return state
+        trial = Trial(bucket(batch), gamma, choices, seen.now_s)
+        none = batch / steps_s(seen.profile, seen.max_batch, 0)[batch - 1][0]
+        cost = _RESERVED_S * none * self._predicted_loss(trial, batch, gamma)
+        return replace(state, trial=trial) if cost <= state.allowance.room(self.exploration) else state
+
+    @staticmethod
+    def _candidate(state: BanditState, seen: SpeculationObservation, choice: BatchChoice) -> int | None:
+        """The arm worth a trial at this batch size, if there is one."""
+        if choice.gamma == 0:
+            return could_pay(seen.profile, choice.batch, seen.gamma_max)
+        at = bucket(choice.batch)
+
+        def hope(gamma: int) -> float:
+            weight = state.arms.get((at, gamma), Arm()).weight
+            return choice.speedups[gamma] * (1.0 + _UNSURE / sqrt(1.0 + weight / _PRIOR_STEPS))
+
+        others = [gamma for gamma in range(seen.gamma_max + 1) if gamma != choice.gamma]
+        best = max(others, key=hope)
+        return best if hope(best) > choice.predicted else None
+
+    # --- for people ---
+
+    def _figures(self, state: BanditState, seen: SpeculationObservation) -> tuple[tuple[str, float], ...]:
+        at = bucket(min(max(seen.running, 1), seen.max_batch))
+        rewards = tuple(
+            (f"measured over Eq. 5, gamma {gamma}", arm.reward / arm.weight)
+            for (where, gamma), arm in sorted(state.arms.items())
+            if where == at and arm.weight >= 1.0
+        )
+        return (
+            *rewards,
+            ("tokens lost to trials in 60 s", state.allowance.lost),
+            ("tokens that trials may lose more", state.allowance.room(self.exploration)),
+        )
+
+    def _reason(
+        self, seen: SpeculationObservation, state: BanditState, choices: tuple[BatchChoice, ...], trial: Trial | None
+    ) -> str:
+        if not seen.version:
+            return "the engine serves no draft"
+        at = choices[min(max(seen.running, 1), len(choices)) - 1]
+        if state.stopped:
+            return f"drafting cost {state.account.balance_s:.1f} s in the last minute: off until that is forgotten"
+        if trial is not None:
+            return f"trying {trial.gamma} drafted tokens at batch {at.batch}, where {at.gamma} seems best"
+        if at.gamma:
+            return f"at batch {at.batch} drafting {at.gamma} is expected to give {at.predicted:.2f}x"
+        return f"at batch {at.batch} drafting would give {max(at.speedups):.2f}x at best, below 1 + margin"
