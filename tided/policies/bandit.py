@@ -13,6 +13,7 @@ spent, measured by the lowest rate of the past minutes.
 
 from dataclasses import dataclass, field, replace
 from math import exp, sqrt
+from operator import mul
 from typing import Any, Self
 
 from tided.config import SpeculationConfig
@@ -158,10 +159,11 @@ class BanditPolicy:
         acceptance = state.evidence.best(seen.acceptance)
         predicted = predictions(seen, acceptance)
         state = self._learn(state, seen, predicted)
+        estimates = self._estimates(state, predicted)
         rule = Rule(self.margin, self.hysteresis)
         choices = tuple(
-            rule.choose(b, self._estimates(state, b, predicted[b - 1]), state.gammas[b - 1])
-            for b in range(1, seen.max_batch + 1)
+            rule.choose(b, row, current)
+            for b, (row, current) in enumerate(zip(estimates, state.gammas, strict=True), 1)
         )
         since = state.since_change + seen.steps
         if state.stopped:
@@ -224,14 +226,16 @@ class BanditPolicy:
     # --- what is believed ---
 
     @staticmethod
-    def _estimates(state: BanditState, batch: int, predicted: tuple[float, ...]) -> tuple[float, ...]:
-        """Speedups by Eq. 5, each corrected by what its arm gave; 1.0 at gamma = 0."""
-        at = bucket(batch)
-        arms = [state.arms.get((at, gamma), Arm()) for gamma in range(len(predicted))]
-        weight, reward = sum(arm.weight for arm in arms), sum(arm.reward for arm in arms)
-        common = (reward + _PRIOR_STEPS) / (weight + _PRIOR_STEPS)
-        factors = [(arm.reward + _PRIOR_STEPS * common) / (arm.weight + _PRIOR_STEPS) for arm in arms]
-        return tuple(speedup * factor / factors[0] for speedup, factor in zip(predicted, factors, strict=True))
+    def _estimates(state: BanditState, predicted: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+        """Speedups by Eq. 5, each corrected by what its arm gave beside no speculation; 1.0 at gamma = 0."""
+        corrections: list[tuple[float, ...]] = []
+        for at in range(bucket(len(predicted)) + 1):
+            arms = [state.arms.get((at, gamma), Arm()) for gamma in range(len(predicted[0]))]
+            weight, reward = sum(arm.weight for arm in arms), sum(arm.reward for arm in arms)
+            common = (reward + _PRIOR_STEPS) / (weight + _PRIOR_STEPS)
+            factors = [(arm.reward + _PRIOR_STEPS * common) / (arm.weight + _PRIOR_STEPS) for arm in arms]
+            corrections.append(tuple(factor / factors[0] for factor in factors))
+        return tuple(tuple(map(mul, row, corrections[bucket(b)])) for b, row in enumerate(predicted, 1))
 
     # --- trials ---
 

@@ -15,15 +15,15 @@ class Rule:
     margin: float
     hysteresis: float
 
-    def choose(self, batch: int, speedups: Sequence[float], current: int) -> BatchChoice:
+    def choose(self, batch: int, speedups: tuple[float, ...], current: int) -> BatchChoice:
         """`speedups[g]` at g drafted tokens, over none. The least gamma of the largest."""
-        best = max(range(len(speedups)), key=lambda gamma: (speedups[gamma], -gamma))
+        best = speedups.index(max(speedups))
         turned_on = best if speedups[best] > 1.0 + max(self.margin, self.hysteresis) else 0
         if current == 0 or current >= len(speedups) or speedups[current] <= 1.0 + self.margin - self.hysteresis:
             chosen = turned_on
         else:
             chosen = best if speedups[best] > speedups[current] * (1.0 + self.hysteresis) else current
-        return BatchChoice(batch, chosen, tuple(speedups))
+        return BatchChoice(batch, chosen, speedups)
 
 
 def predictions(seen: SpeculationObservation, acceptance: Acceptance) -> tuple[tuple[float, ...], ...]:
