@@ -12,10 +12,11 @@ from tests.test_policies_threshold import PROFILE, ran, seen
 from tided.config import SpeculationConfig
 from tided.model.errors import Refused
 from tided.model.records import StepCounts
-from tided.policies.bandit import WINDOW_S, BanditPolicy, BanditState, bucket
+from tided.policies.bandit import BanditPolicy, BanditState
 from tided.policies.base import SpeculationDecision, SpeculationObservation, SpeculationPolicy
 from tided.policies.registry import policy_for
 from tided.policies.speedup import monotone, step_s
+from tided.policies.trials import WINDOW_S, bucket
 from tided.replay.drivers import Tided
 from tided.replay.generate import KINDS, generate
 from tided.replay.simulate import run
@@ -175,3 +176,13 @@ def worst_share(trace: Trace, policy: BanditPolicy) -> float:
             worst = max(worst, loss / tokens)
     assert len(driver.book) > 100
     return worst
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=12), st.floats(0.0, 1.0))
+def test_what_is_allowed_may_change_at_any_time(most: list[int], alpha: float) -> None:
+    observations = [
+        seen(alpha, gamma_max=gamma_max, now_s=i / 2, measured=ran(5, alpha, batch=2, gamma=max(gamma_max, 1)))
+        for i, gamma_max in enumerate(most)
+    ]
+    for gamma_max, decision in zip(most, decide(*observations), strict=True):
+        assert all(gamma <= gamma_max for gamma in decision.gammas)

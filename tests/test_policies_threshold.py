@@ -277,3 +277,13 @@ def test_it_flaps_no_more_than_the_dwell_lets_it_however_noisy(
             changes += 1
         before, steps = chosen, steps + 10
     assert changes <= 1 + steps // POLICY.dwell_steps
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=12), st.floats(0.0, 1.0))
+def test_what_is_allowed_may_change_at_any_time(most: list[int], alpha: float) -> None:
+    observations = [
+        seen(alpha, gamma_max=gamma_max, now_s=i / 2, measured=ran(5, alpha, batch=2, gamma=max(gamma_max, 1)))
+        for i, gamma_max in enumerate(most)
+    ]
+    for gamma_max, decision in zip(most, decide(*observations), strict=True):
+        assert all(gamma <= gamma_max for gamma in decision.gammas)

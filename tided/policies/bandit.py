@@ -12,88 +12,25 @@ spent, measured by the lowest rate of the past minutes.
 """
 
 from dataclasses import dataclass, field, replace
-from math import exp, sqrt
+from math import sqrt
 from operator import mul
 from typing import Any, Self
 
 from tided.config import SpeculationConfig
 from tided.model.errors import Refused
 from tided.policies.base import BatchChoice, SpeculationDecision, SpeculationObservation
-from tided.policies.choice import Rule, could_pay, held, predictions
-from tided.policies.evidence import MEMORY_S, Evidence, LossAccount, figures, lost_s
+from tided.policies.choice import Rule, allowed, could_pay, held, predictions
+from tided.policies.evidence import Evidence, LossAccount, figures, lost_s
 from tided.policies.speedup import steps_s
+from tided.policies.trials import RESERVED_S, Allowance, Arm, Trial, bucket
 
 EXPLORATION = 0.02
 """Of the predicted tokens, what trials may lose."""
-WINDOW_S = 60.0
-"""Of serving, over which trials may lose their share."""
 _TRIAL_S = 0.9  # at least this long, at the first decision after it
-_RESERVED_S = 1.4  # of serving that a trial lasts at most, with reports and commands on their way
-_RESERVE_SHARE = (
-    0.6  # enough for one trial of any arm that could pay: one that loses half gains nothing even if all is accepted
-)
-_FLOOR_S = 300.0  # time constant with which a low rate is forgotten
 _HALF_LIFE_S = 120.0
 _PRIOR_STEPS = 100.0  # request-steps that the prior of an arm's reward is worth
 _UNSURE = 0.2  # relative uncertainty of an arm that was never tried
-_RESUME = 0.75  # of what stopped it
 _BUSY_SHARE = 4.0  # while drafting, acceptance is known anyway: trials may wait longer
-
-
-def bucket(batch: int) -> int:
-    """0 for batch 1, 1 for 2, 2 for 3-4, 3 for 5-8, ..."""
-    return (batch - 1).bit_length()
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """`weight`: request-steps measured, fading. `reward`: the sum over them of measured over predicted tokens a second."""
-
-    weight: float = 0.0
-    reward: float = 0.0
-
-    def faded(self, keep: float) -> "Arm":
-        return Arm(self.weight * keep, self.reward * keep)
-
-    def add(self, weight: float, reward: float) -> "Arm":
-        return Arm(self.weight + weight, self.reward + weight * reward)
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """An arm that is being tried: `choices` are those of the decision that began it, and say what it is predicted to lose."""
-
-    bucket: int
-    gamma: int
-    choices: tuple[BatchChoice, ...]
-    began_s: float
-    over: bool = False  # kept for its last steps, which may still be on their way
-
-
-@dataclass(frozen=True, slots=True)
-class Allowance:
-    """What trials have lost. `entries`: (serving clock, predicted loss in tokens) of the last 60 s; `floor`: the lowest rate lately."""
-
-    served_s: float = 0.0
-    entries: tuple[tuple[float, float], ...] = ()
-    floor: float | None = None
-
-    def add(self, seconds: float, tokens: float, loss: float) -> "Allowance":
-        """`seconds` of serving went by, in which `tokens` were predicted, and trials were predicted to lose `loss`."""
-        if seconds <= 0:
-            return self
-        now_s, rate = self.served_s + seconds, tokens / seconds
-        floor = rate if self.floor is None else self.floor + (rate - self.floor) * (1.0 - exp(-seconds / _FLOOR_S))
-        kept = tuple(entry for entry in self.entries if entry[0] > now_s - WINDOW_S)
-        return Allowance(now_s, (*kept, (now_s, loss)) if loss > 0 else kept, min(floor, rate))
-
-    @property
-    def lost(self) -> float:
-        return sum(loss for _, loss in self.entries)
-
-    def room(self, share: float) -> float:
-        """Tokens that trials may lose more."""
-        return _RESERVE_SHARE * share * WINDOW_S * (self.floor or 0.0) - self.lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +92,7 @@ class BanditPolicy:
                 evidence=Evidence(),
                 trial=None,
             )
-        state = replace(state, evidence=state.evidence.add(seen.measured))
+        state = replace(state, gammas=allowed(state.gammas, seen), evidence=state.evidence.add(seen.measured))
         acceptance = state.evidence.best(seen.acceptance)
         predicted = predictions(seen, acceptance)
         state = self._learn(state, seen, predicted)
@@ -191,37 +128,30 @@ class BanditPolicy:
         keep = 0.5 ** (max(seen.now_s - state.at_s, 0.0) / _HALF_LIFE_S)
         arms = {key: arm.faded(keep) for key, arm in state.arms.items()}
         base = steps_s(seen.profile, seen.max_batch, 0)
+        trial = state.trial
         seconds = tokens = loss = 0.0
         for counts in seen.measured:
             if counts.batch > seen.max_batch or counts.seconds <= 0:
                 continue
             row, none = predicted[counts.batch - 1], counts.batch / base[counts.batch - 1][0]
             seconds += counts.seconds
-            tokens += counts.seconds * none * (row[state.gammas[counts.batch - 1]] if len(row) > 1 else 1.0)
+            tokens += counts.seconds * none * row[state.gammas[counts.batch - 1]]
             if counts.gamma < len(row):
                 emitted = sum((k + 1) * n for k, n in enumerate(counts.accepted))
                 reward = emitted / counts.seconds / (none * row[counts.gamma])
                 key = (bucket(counts.batch), counts.gamma)
                 arms[key] = arms.get(key, Arm()).add(float(counts.steps * counts.batch), reward)
-            loss += counts.seconds * none * self._predicted_loss(state.trial, counts.batch, counts.gamma)
+            if trial is not None and trial.counts(seen.now_s, (state.gammas[counts.batch - 1],)):
+                loss += counts.seconds * none * trial.loss(counts.batch, counts.gamma)
         account = state.account.add(seen.now_s, lost_s(seen.profile, seen.measured, seen.max_batch, seen.gamma_max))
-        most_s = self.most_lost * MEMORY_S
         return replace(
             state,
             at_s=seen.now_s,
             arms=arms,
             account=account,
-            stopped=account.balance_s > (_RESUME * most_s if state.stopped else most_s),
+            stopped=account.overdrawn(self.most_lost, already=state.stopped),
             allowance=state.allowance.add(seconds, tokens, loss),
         )
-
-    @staticmethod
-    def _predicted_loss(trial: Trial | None, batch: int, gamma: int) -> float:
-        """What a trial is predicted to lose at `batch`, as a multiple of the rate without speculation; 0.0 for other steps."""
-        if trial is None or bucket(batch) != trial.bucket or gamma != trial.gamma or batch > len(trial.choices):
-            return 0.0
-        choice = trial.choices[batch - 1]
-        return max(choice.predicted - choice.speedups[gamma], 0.0)
 
     # --- what is believed ---
 
@@ -245,9 +175,8 @@ class BanditPolicy:
         """Begin a trial, go on with it, or end it."""
         trial = state.trial
         if trial is not None and not trial.over:
-            overruled = state.stopped or state.version != seen.version
-            if overruled or seen.now_s - trial.began_s >= _TRIAL_S:
-                trial = replace(trial, over=True)
+            if state.stopped or trial.gamma > seen.gamma_max or seen.now_s - trial.began_s >= _TRIAL_S:
+                trial = replace(trial, ended_s=seen.now_s)
             return replace(state, trial=trial)
         if state.stopped or not seen.version or seen.gamma_max == 0 or seen.running == 0:
             return state
@@ -258,7 +187,7 @@ class BanditPolicy:
             return state
         trial = Trial(bucket(batch), gamma, choices, seen.now_s)
         none = batch / steps_s(seen.profile, seen.max_batch, 0)[batch - 1][0]
-        cost = _RESERVED_S * none * self._predicted_loss(trial, batch, gamma)
+        cost = RESERVED_S * none * trial.loss(batch, gamma)
         return replace(state, trial=trial) if cost <= state.allowance.room(self.exploration) else state
 
     @staticmethod

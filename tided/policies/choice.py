@@ -45,3 +45,8 @@ def could_pay(profile: LatencyProfile, batch: int, gamma_max: int) -> int | None
 def held(choices: Sequence[BatchChoice], gammas: Sequence[int]) -> tuple[BatchChoice, ...]:
     """The choices with other gammas than they would take."""
     return tuple(replace(choice, gamma=gamma) for choice, gamma in zip(choices, gammas, strict=True))
+
+
+def allowed(gammas: Sequence[int], seen: SpeculationObservation) -> tuple[int, ...]:
+    """What was chosen before, where fewer tokens are allowed now."""
+    return tuple(min(gamma, seen.gamma_max if seen.version else 0) for gamma in gammas)

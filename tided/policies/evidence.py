@@ -16,6 +16,7 @@ SPREAD = 2.0
 """Variance of a few requests' acceptance over that of coin flips: steps of one request are alike."""
 MEMORY_S = 60.0
 """Time constant with which the loss account forgets."""
+_RESUME = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,10 @@ class LossAccount:
     def add(self, now_s: float, seconds: float) -> "LossAccount":
         kept = self.balance_s * exp(-max(now_s - self.at_s, 0.0) / MEMORY_S)
         return LossAccount(max(kept + seconds, 0.0), now_s)
+
+    def overdrawn(self, most: float, *, already: bool) -> bool:
+        """Whether more than the share `most` of the last minute is lost; once it is, until a quarter of that is forgotten."""
+        return self.balance_s > most * MEMORY_S * (_RESUME if already else 1.0)
 
 
 def figures(seen: SpeculationObservation, evidence: Evidence, account: LossAccount) -> tuple[tuple[str, float], ...]:

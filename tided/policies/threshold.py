@@ -7,7 +7,7 @@ the longer memory, they are believed (`Evidence`).
 While nothing is drafted there is no acceptance signal, so now and then it drafts for `probe_steps` steps: gamma = 0 is never a trap.
 After each probe it waits for so long that probes cost no more than the share `probe_loss` of the time, and at least `probe_every_s`.
 Traffic that turns against every decision is met by the loss account: once drafting has cost `most_lost` of the last minute, net of what it
-gained, nothing is drafted until most of that is forgotten.
+gained, nothing is drafted until a quarter of that is forgotten.
 """
 
 from dataclasses import dataclass, field, replace
@@ -16,15 +16,14 @@ from typing import Self
 from tided.config import SpeculationConfig
 from tided.model.errors import Refused
 from tided.policies.base import BatchChoice, SpeculationDecision, SpeculationObservation
-from tided.policies.choice import Rule, could_pay, held, predictions
-from tided.policies.evidence import MEMORY_S, Evidence, LossAccount, figures, lost_s
+from tided.policies.choice import Rule, allowed, could_pay, held, predictions
+from tided.policies.evidence import Evidence, LossAccount, figures, lost_s
 from tided.policies.speedup import Acceptance
 
 _PROBE_GAMMA = 2
 _PROBE_GAMMA_LARGE = 1  # a large batch is compute bound: each drafted token costs its full share
 _LARGE_BATCH = 3
 _EAGER_SHARE = 0.25
-_RESUME = 0.75  # of what stopped it
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +107,9 @@ class ThresholdPolicy:
         """The state with what was measured taken in, and the seconds that it lost."""
         lost = lost_s(seen.profile, seen.measured, seen.max_batch, seen.gamma_max)
         account = state.account.add(seen.now_s, lost)
-        most_s = self.most_lost * MEMORY_S
-        stopped = account.balance_s > (_RESUME * most_s if state.stopped else most_s)
-        return replace(state, evidence=state.evidence.add(seen.measured), account=account, stopped=stopped), lost
+        stopped = account.overdrawn(self.most_lost, already=state.stopped)
+        evidence, gammas = state.evidence.add(seen.measured), allowed(state.gammas, seen)
+        return replace(state, gammas=gammas, evidence=evidence, account=account, stopped=stopped), lost
 
     def _probe(self, state: ThresholdState, seen: SpeculationObservation, lost: float) -> ThresholdState:
         if not seen.version or seen.gamma_max == 0 or state.stopped:

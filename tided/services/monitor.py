@@ -148,6 +148,7 @@ class EngineView:
         self.version, self.prior, self.live = version, Acceptance(), Acceptance()
         self.fresh_trend, self.expected = self.fresh_trend.restart(version), False
         self.trends, self.served = {}, ServedClasses()
+        self.measured.clear()
 
     def told(self) -> tuple[StepCounts, ...]:
         """What was measured since the last call: the policy is told it once."""
