@@ -85,6 +85,17 @@ def test_it_learns_that_drafting_is_dearer_than_the_profile_says() -> None:
     assert {decision.choices[0].gamma for decision in believed} <= {3, 4}
 
 
+def test_another_profile_is_learnt_anew() -> None:
+    state = POLICY.start()
+    [counts] = ran(40, 0.7, 1, 2)
+    slow = replace(counts, seconds=2 * counts.seconds)
+    for half in range(20):
+        state, decision = POLICY.decide(state, seen(0.7, now_s=half / 2, measured=(slow,)))
+    assert dict(decision.figures)["measured over Eq. 5, gamma 2"] < 0.9
+    _, decision = POLICY.decide(state, seen(0.7, now_s=10.0, measured=(), profile=replace(PROFILE, idle_drafts=1.0)))
+    assert "measured over Eq. 5, gamma 2" not in dict(decision.figures)
+
+
 def test_load_that_slows_everything_changes_nothing() -> None:
     chosen = {decision.choices[0].gamma for decision in list(served(0.7, dict.fromkeys(range(5), 2.0)))[60:]}
     assert chosen <= {3, 4}
@@ -186,3 +197,10 @@ def test_what_is_allowed_may_change_at_any_time(most: list[int], alpha: float) -
     ]
     for gamma_max, decision in zip(most, decide(*observations), strict=True):
         assert all(gamma <= gamma_max for gamma in decision.gammas)
+
+
+def test_a_new_version_does_not_answer_for_what_the_old_one_lost() -> None:
+    bad = [seen(0.7, now_s=i / 2, measured=ran(10, 0.0, batch=8, gamma=2)) for i in range(60)]
+    before, after = decide(*bad, seen(0.7, now_s=30.0, version="v2", measured=()))[-2:]
+    assert "off until" in before.reason
+    assert after.choices[0].gamma > 0

@@ -287,3 +287,10 @@ def test_what_is_allowed_may_change_at_any_time(most: list[int], alpha: float) -
     ]
     for gamma_max, decision in zip(most, decide(*observations), strict=True):
         assert all(gamma <= gamma_max for gamma in decision.gammas)
+
+
+def test_a_new_version_does_not_answer_for_what_the_old_one_lost() -> None:
+    bad = [seen(0.7, now_s=i / 2, measured=ran(10, 0.0, batch=8, gamma=2)) for i in range(60)]
+    before, after = decide(*bad, seen(0.7, now_s=30.0, version="v2", measured=()))[-2:]
+    assert "off until" in before.reason
+    assert after.choices[0].gamma > 0

@@ -18,8 +18,9 @@ from typing import Any, Self
 
 from tided.config import SpeculationConfig
 from tided.model.errors import Refused
+from tided.model.records import LatencyProfile
 from tided.policies.base import BatchChoice, SpeculationDecision, SpeculationObservation
-from tided.policies.choice import Rule, allowed, could_pay, held, predictions
+from tided.policies.choice import Held, Rule, could_pay, predictions
 from tided.policies.evidence import Evidence, LossAccount, figures, lost_s
 from tided.policies.speedup import steps_s
 from tided.policies.trials import RESERVED_S, Allowance, Arm, Trial, bucket
@@ -30,16 +31,17 @@ _TRIAL_S = 0.9  # at least this long, at the first decision after it
 _HALF_LIFE_S = 120.0
 _PRIOR_STEPS = 100.0  # request-steps that the prior of an arm's reward is worth
 _UNSURE = 0.2  # relative uncertainty of an arm that was never tried
+_EAGER_SHARE = 0.25
 _BUSY_SHARE = 4.0  # while drafting, acceptance is known anyway: trials may wait longer
 
 
 @dataclass(frozen=True, slots=True)
 class BanditState:
-    """`arms` by (bucket, gamma). `gammas`: what is believed best; `since_change`: engine steps since it changed."""
+    """`held`: what is believed best. `arms` by (bucket, gamma): what was learnt against `profile`."""
 
     version: str = ""
-    gammas: tuple[int, ...] = ()
-    since_change: int = 0
+    held: Held = field(default_factory=Held)
+    profile: LatencyProfile | None = None
     stopped: bool = False
     at_s: float = 0.0
     evidence: Evidence = field(default_factory=Evidence)
@@ -82,38 +84,26 @@ class BanditPolicy:
         return BanditState()
 
     def decide(self, state: BanditState, seen: SpeculationObservation) -> tuple[BanditState, SpeculationDecision]:
-        fresh = state.version != seen.version or len(state.gammas) != seen.max_batch
-        if fresh:  # what was learnt about times holds for the next draft, too
-            state = replace(
-                state,
-                version=seen.version,
-                gammas=(0,) * seen.max_batch,
-                since_change=0,
-                evidence=Evidence(),
-                trial=None,
-            )
-        state = replace(state, gammas=allowed(state.gammas, seen), evidence=state.evidence.add(seen.measured))
+        if state.version != seen.version or len(state.held.gammas) != seen.max_batch:
+            held = Held((0,) * seen.max_batch)
+            anew = BanditState(seen.version, held, state.profile, at_s=state.at_s)
+            state = replace(anew, arms=state.arms, allowance=state.allowance)
+        if (
+            state.profile != seen.profile
+        ):  # what was learnt about times holds for the next draft, but for no other profile
+            state = replace(state, profile=seen.profile, arms={})
+        state = replace(state, held=state.held.allowed(seen), evidence=state.evidence.add(seen.measured))
         acceptance = state.evidence.best(seen.acceptance)
         predicted = predictions(seen, acceptance)
         state = self._learn(state, seen, predicted)
-        estimates = self._estimates(state, predicted)
-        rule = Rule(self.margin, self.hysteresis)
-        choices = tuple(
-            rule.choose(b, row, current)
-            for b, (row, current) in enumerate(zip(estimates, state.gammas, strict=True), 1)
-        )
-        since = state.since_change + seen.steps
-        if state.stopped:
-            choices = held(choices, (0,) * seen.max_batch)
-        elif not fresh and since < self.dwell_steps:
-            choices = held(choices, state.gammas)
-        wanted = tuple(choice.gamma for choice in choices)
-        state = replace(state, gammas=wanted, since_change=since if wanted == state.gammas and not fresh else 0)
+        rule = Rule(self.margin, self.hysteresis, self.dwell_steps)
+        choices, held = rule.settle(state.held, self._estimates(state, predicted), seen.steps, stopped=state.stopped)
+        state = replace(state, held=held)
         state = self._try(state, seen, choices, known=acceptance.alpha is not None)
         trial = state.trial if state.trial is not None and not state.trial.over else None
         gammas = tuple(
             trial.gamma if trial is not None and bucket(b) == trial.bucket else gamma
-            for b, gamma in enumerate(wanted, 1)
+            for b, gamma in enumerate(held.gammas, 1)
         )
         told = (*figures(seen, state.evidence, state.account), *self._figures(state, seen))
         reason = self._reason(seen, state, choices, trial)
@@ -135,13 +125,13 @@ class BanditPolicy:
                 continue
             row, none = predicted[counts.batch - 1], counts.batch / base[counts.batch - 1][0]
             seconds += counts.seconds
-            tokens += counts.seconds * none * row[state.gammas[counts.batch - 1]]
+            tokens += counts.seconds * none * row[state.held.gammas[counts.batch - 1]]
             if counts.gamma < len(row):
                 emitted = sum((k + 1) * n for k, n in enumerate(counts.accepted))
                 reward = emitted / counts.seconds / (none * row[counts.gamma])
                 key = (bucket(counts.batch), counts.gamma)
                 arms[key] = arms.get(key, Arm()).add(float(counts.steps * counts.batch), reward)
-            if trial is not None and trial.counts(seen.now_s, (state.gammas[counts.batch - 1],)):
+            if trial is not None and trial.counts(seen.now_s, (state.held.gammas[counts.batch - 1],)):
                 loss += counts.seconds * none * trial.loss(counts.batch, counts.gamma)
         account = state.account.add(seen.now_s, lost_s(seen.profile, seen.measured, seen.max_batch, seen.gamma_max))
         return replace(
@@ -181,7 +171,7 @@ class BanditPolicy:
         if state.stopped or not seen.version or seen.gamma_max == 0 or seen.running == 0:
             return state
         choice = choices[min(seen.running, seen.max_batch) - 1]
-        every_s = self.probe_every_s * (1.0 if choice.gamma == 0 else _BUSY_SHARE)
+        every_s = self.probe_every_s * (_BUSY_SHARE if choice.gamma else _EAGER_SHARE if seen.eager else 1.0)
         gamma, batch = self._candidate(state, seen, choice), choice.batch
         if gamma is None or (trial is not None and known and seen.now_s - trial.began_s < every_s):
             return state

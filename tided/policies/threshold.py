@@ -16,7 +16,7 @@ from typing import Self
 from tided.config import SpeculationConfig
 from tided.model.errors import Refused
 from tided.policies.base import BatchChoice, SpeculationDecision, SpeculationObservation
-from tided.policies.choice import Rule, allowed, could_pay, held, predictions
+from tided.policies.choice import Held, Rule, could_pay, predictions
 from tided.policies.evidence import Evidence, LossAccount, figures, lost_s
 from tided.policies.speedup import Acceptance
 
@@ -28,14 +28,13 @@ _EAGER_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class ThresholdState:
-    """`since_change`: engine steps under the present choice. `probe_due_s`: when the next probe may begin; None before the first look.
+    """`signal_s`: when a drafted token was judged last, or first looked for. `probe_due_s`: when the next probe may begin.
 
     `probe_lost_s`: seconds that the probe under way has cost. `stopped`: the loss account is overdrawn.
     """
 
     version: str = ""
-    gammas: tuple[int, ...] = ()
-    since_change: int = 0
+    held: Held = field(default_factory=Held)
     signal_s: float = 0.0
     probe_due_s: float = 0.0
     probe_steps_left: int = 0
@@ -76,40 +75,31 @@ class ThresholdPolicy:
         return ThresholdState()
 
     def decide(self, state: ThresholdState, seen: SpeculationObservation) -> tuple[ThresholdState, SpeculationDecision]:
-        fresh = state.version != seen.version or len(state.gammas) != seen.max_batch
-        if fresh:
-            state = ThresholdState(
-                version=seen.version, gammas=(0,) * seen.max_batch, signal_s=seen.now_s, account=state.account
-            )
-            if seen.acceptance.alpha is not None:
-                state = replace(state, probe_due_s=seen.now_s + self.probe_every_s)
-        state, lost = self._account(state, seen)
+        if state.version != seen.version or len(state.held.gammas) != seen.max_batch:
+            # What is known of its acceptance needs no probe at once.
+            due_s = seen.now_s if seen.acceptance.alpha is None else seen.now_s + self.probe_every_s
+            held = Held((0,) * seen.max_batch)
+            state = ThresholdState(seen.version, held, seen.now_s, due_s)
+        state, lost = self._learn(state, seen)
         acceptance = state.evidence.best(seen.acceptance)
-        rule = Rule(self.margin, self.hysteresis)
-        table = predictions(seen, acceptance)
-        choices = tuple(rule.choose(b, table[b - 1], state.gammas[b - 1]) for b in range(1, seen.max_batch + 1))
-        since = state.since_change + seen.steps
-        if state.stopped:
-            choices = held(choices, (0,) * seen.max_batch)
-        elif not fresh and since < self.dwell_steps:
-            choices = held(choices, state.gammas)
-        wanted = tuple(choice.gamma for choice in choices)
-        state = replace(state, gammas=wanted, since_change=since if wanted == state.gammas and not fresh else 0)
+        rule = Rule(self.margin, self.hysteresis, self.dwell_steps)
+        choices, held = rule.settle(state.held, predictions(seen, acceptance), seen.steps, stopped=state.stopped)
+        state = replace(state, held=held)
         state = self._probe(state, seen, lost)
         probing = state.probe_steps_left > 0
-        gammas = self._probe_gammas(wanted, seen.gamma_max) if probing else wanted
+        gammas = self._probe_gammas(held.gammas, seen.gamma_max) if probing else held.gammas
         reason = self._reason(seen, state, choices, acceptance)
         return state, SpeculationDecision(
             gammas, choices, acceptance.alpha, probing, reason, figures(seen, state.evidence, state.account)
         )
 
-    def _account(self, state: ThresholdState, seen: SpeculationObservation) -> tuple[ThresholdState, float]:
+    def _learn(self, state: ThresholdState, seen: SpeculationObservation) -> tuple[ThresholdState, float]:
         """The state with what was measured taken in, and the seconds that it lost."""
         lost = lost_s(seen.profile, seen.measured, seen.max_batch, seen.gamma_max)
         account = state.account.add(seen.now_s, lost)
         stopped = account.overdrawn(self.most_lost, already=state.stopped)
-        evidence, gammas = state.evidence.add(seen.measured), allowed(state.gammas, seen)
-        return replace(state, gammas=gammas, evidence=evidence, account=account, stopped=stopped), lost
+        evidence, held = state.evidence.add(seen.measured), state.held.allowed(seen)
+        return replace(state, held=held, evidence=evidence, account=account, stopped=stopped), lost
 
     def _probe(self, state: ThresholdState, seen: SpeculationObservation, lost: float) -> ThresholdState:
         if not seen.version or seen.gamma_max == 0 or state.stopped:
@@ -123,7 +113,7 @@ class ThresholdPolicy:
         if seen.trials:
             # Of a probe that is over steps may still come in, and cost.
             due_s = max(seen.now_s + self.probe_every_s, state.probe_due_s)
-            if not any(state.gammas):
+            if not any(state.held.gammas):
                 due_s += max(lost, 0.0) / self.probe_loss
             return replace(state, probe_due_s=due_s, signal_s=seen.now_s)
         soon_s = state.signal_s + _EAGER_SHARE * self.probe_every_s
