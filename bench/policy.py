@@ -175,10 +175,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     rows = replayed(given.seeds, given.seconds)
     claims = [*judged(rows), *(claim for name in POLICIES for claim in cost(name))]
-    plain = [{**asdict(row), "share": row.share} for row in rows]
-    for row in plain:
-        del row["result"]["timeline"]
-    write("policy", claims, extra={"rows": plain})
+    write(
+        "policy",
+        claims,
+        extra={"rows": [asdict(replace(row, result=replace(row.result, timeline=()))) for row in rows]},
+    )
     console = Console(width=200)
     table(rows, console)
     show("policy", claims, console)

@@ -86,14 +86,13 @@ def test_it_learns_that_drafting_is_dearer_than_the_profile_says() -> None:
 
 
 def test_another_profile_is_learnt_anew() -> None:
-    state = POLICY.start()
     [counts] = ran(40, 0.7, 1, 2)
     slow = replace(counts, seconds=2 * counts.seconds)
-    for half in range(20):
-        state, decision = POLICY.decide(state, seen(0.7, now_s=half / 2, measured=(slow,)))
-    assert dict(decision.figures)["measured over Eq. 5, gamma 2"] < 0.9
-    _, decision = POLICY.decide(state, seen(0.7, now_s=10.0, measured=(), profile=replace(PROFILE, idle_drafts=1.0)))
-    assert "measured over Eq. 5, gamma 2" not in dict(decision.figures)
+    served_slowly = [seen(0.7, now_s=half / 2, measured=(slow,)) for half in range(20)]
+    other = seen(0.7, now_s=10.0, measured=(), profile=replace(PROFILE, idle_drafts=1.0))
+    *_, learnt, forgotten = decide(*served_slowly, other)
+    assert dict(learnt.figures)["measured over Eq. 5, gamma 2"] < 0.9
+    assert "measured over Eq. 5, gamma 2" not in dict(forgotten.figures)
 
 
 def test_load_that_slows_everything_changes_nothing() -> None:
