@@ -10,7 +10,7 @@ MODEL := build/models/smollm2
 HOST_PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 
-.PHONY: help setup model demo run engines test lint format bench bench-shift bench-loop bench-engines benchmarks clean
+.PHONY: help setup model demo run engines test lint format bench bench-shift bench-loop bench-engines bench-policy benchmarks clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -65,6 +65,9 @@ bench-shift: model ## the study of shifting traffic, at most 30 minutes
 
 bench-engines: model engines ## real vLLM and SGLang servers: tap, swaps, cost, shifting traffic (two hours, in parts)
 	@$(PY) -m bench engines
+
+bench-policy: setup ## policies over generated and recorded traffic in virtual time; what a decision costs
+	@$(PY) -m bench policy
 
 benchmarks: setup ## docs/benchmarks.md from build/bench/
 	@$(PY) -m bench.report --markdown

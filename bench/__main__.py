@@ -17,7 +17,7 @@ ENGINES = (
     "engines.shift",
     "engines.shift sglang",
 )
-ALL = (*LOOP, "dataplane", "shift")
+ALL = (*LOOP, "dataplane", "policy", "shift")
 GROUPS = {"all": ALL, "loop": LOOP, "engines": ENGINES}
 
 

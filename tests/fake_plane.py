@@ -27,7 +27,15 @@ from tided.model.records import (
     TargetInfo,
     WorkerInfo,
 )
-from tided.model.status import EngineStatus, SampleTotals, SpeculationStatus, Status, TrainingStatus
+from tided.model.status import (
+    Choice,
+    EngineStatus,
+    Explanation,
+    SampleTotals,
+    SpeculationStatus,
+    Status,
+    TrainingStatus,
+)
 
 DIGESTS = ("a1" * 32, "b2" * 32)
 TARGET = TargetInfo("c3" * 32, "SmolLM2-135M-Instruct", 30, 576, 49152, (2, 15, 27))
@@ -60,6 +68,21 @@ ENGINE = EngineStatus(
     training=TrainingStatus("collecting", "acceptance fell from 0.61 to 0.40", 0.4, 0.61, 12000, 20000, 1, 2),
     samples=SampleTotals(1000, 900, 50, 0, 50, 0, 12),
     swaps=2,
+)
+EXPLANATION = Explanation(
+    engine="local",
+    policy="threshold",
+    running=2,
+    gammas=(3, 3, 0, 0, 0, 0, 0, 0),
+    probing=False,
+    reason="at batch 2 drafting 3 is predicted to give 1.12x (alpha 0.62)",
+    alpha=0.62,
+    conditional=(0.7, 0.6, 0.5),
+    choices=tuple(
+        Choice(b, 3 if b < 3 else 0, (1.0, 1.4 - 0.1 * b, 1.5 - 0.15 * b, 1.51 - 0.18 * b, 1.4 - 0.2 * b))
+        for b in range(1, 9)
+    ),
+    figures={"alpha, long memory": 0.62, "alpha, newest steps": 0.58, "seconds lost in the last minute": 0.0},
 )
 JOB = Job(
     id="train-00kd9x3j4k-1a2b3c4d5e",
@@ -191,6 +214,12 @@ class FakePlane:
     async def policy(self) -> PolicySetting:
         self._enter()
         return self.setting
+
+    async def explain(self, engine: str | None) -> tuple[Explanation, ...]:
+        self._enter()
+        if engine not in (None, "local"):
+            raise NotFound(f"there is no engine {engine!r}")
+        return (EXPLANATION,)
 
     async def set_policy(self, mode: SpeculationMode, gamma: int, actor: str) -> PolicySetting:
         self._enter()

@@ -32,7 +32,14 @@ def sections(root: Path, **changes: dict[str, Any]) -> dict[str, dict[str, Any]]
         "daemon": {"state_dir": str(root / "s"), "cycle_s": 0.2, "lease_ttl_s": 30.0},
         "engine": {"dtype": "float32", "max_batch": CLIENTS, "max_context": 160, "report_interval_s": 0.2},
         "samples": {"held_out_fraction": 0.3, "shard_rows": 512, "shard_age_s": 1.0},
-        "speculation": {"probe_every_s": 1.0, "dwell_steps": 8, "margin": 0.0, "hysteresis": 0.0},
+        "speculation": {
+            "probe_every_s": 1.0,
+            "probe_loss": 1.0,
+            "most_lost": 1.0,
+            "dwell_steps": 8,
+            "margin": 0.0,
+            "hysteresis": 0.0,
+        },
         "training": {
             "min_rows": 2500,
             "short_window": 8,

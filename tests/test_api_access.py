@@ -28,6 +28,7 @@ OPEN_TO_VIEWERS = {
     "/v1/jobs/{job}",
     "/v1/workers",
     "/v1/policy",
+    "/v1/policy/decisions",
 }
 
 

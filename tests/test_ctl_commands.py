@@ -30,6 +30,8 @@ QUERIES = {
     ("jobs", "list"): "/v1/jobs",
     ("jobs", "show", JOB.id): f"/v1/jobs/{JOB.id}",
     ("policy", "show"): "/v1/policy",
+    ("policy", "explain"): "/v1/policy/decisions",
+    ("policy", "explain", "local"): "/v1/policy/decisions?engine=local",
     ("doctor",): "/v1/doctor",
 }
 CHANGES = {
@@ -91,6 +93,22 @@ async def test_status_says_what_and_why() -> None:
         out = (await tidectl_at(api.socket, "status")).out
         assert "no engine is connected" in out
         assert "nothing can be trained" in out
+
+
+async def test_policy_explain_shows_the_figures() -> None:
+    async with running() as api:
+        out = (await tidectl_at(api.socket, "policy", "explain", "local")).out
+        for part in (
+            "engine local: threshold, 2 running",
+            "3 tokens at batch 1-2, off above",
+            "is predicted to give 1.12x",
+            "by position 0.700, 0.600, 0.500",
+            "alpha, newest steps",
+            "1.33*",
+        ):
+            assert part in out, out
+        other = await tidectl_at(api.socket, "policy", "explain", "other")
+        assert (other.code, other.err) == (1, "tidectl: there is no engine 'other'\n")
 
 
 async def test_drafts_list_marks_what_is_served() -> None:

@@ -31,6 +31,7 @@ from tided.model.records import (
     TargetInfo,
     WorkerInfo,
 )
+from tided.replay.generate import KINDS
 from tided.store.jobs import JobStore
 from tided.store.workers import WorkerStore
 from tided.wire import keys
@@ -85,12 +86,16 @@ def test_command(command: str) -> None:
     if program == "make":
         assert set(arguments) <= TARGETS
     elif program == "tidectl":
-        name = next(name for name in command_names() if arguments[: len(name.split())] == name.split())
-        options = [word for word in arguments if word.startswith("--")]
+        shown_arguments = arguments
+        if arguments[0] == "--config":
+            assert Path(arguments[1]).exists()
+            shown_arguments = arguments[2:]
+        name = next(name for name in command_names() if shown_arguments[: len(name.split())] == name.split())
+        options = [word for word in shown_arguments if word.startswith("--")]
         shown = tidectl(*name.split(), "--help")
         assert shown.code == 0
         assert all(option in shown.out for option in options)
-        if name == "config check":
+        if name in ("config check", "plan") or (name == "replay" and shown_arguments[1] in KINDS):
             assert tidectl(*arguments).code == 0
     elif program == "tided":
         daemon.main(arguments)

@@ -42,7 +42,7 @@ INFO = EngineInfo(
     capturing=False,
     epoch=0,
 )
-SEEN = SpeculationObservation(0.0, "v", PROFILE, Acceptance(), 0, 0, 1, max_batch=2, gamma_max=4)
+SEEN = SpeculationObservation(0.0, "v", PROFILE, Acceptance(), (), 1, max_batch=2, gamma_max=4)
 STORE = cast("EngineStore", None)  # no test here reaches Redis
 
 

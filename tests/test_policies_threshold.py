@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tided.model.records import LatencyProfile
+from tided.model.records import LatencyProfile, StepCounts
 from tided.policies.base import SpeculationDecision, SpeculationObservation, SpeculationPolicy
+from tided.policies.evidence import MEMORY_S
 from tided.policies.speedup import Acceptance, monotone
 from tided.policies.threshold import ThresholdPolicy, ThresholdState
 
@@ -19,6 +20,18 @@ PROFILE = LatencyProfile(
 POLICY = ThresholdPolicy()
 
 
+def ran(steps: int, alpha: float | None = None, batch: int = 1, gamma: int = 1) -> tuple[StepCounts, ...]:
+    """`steps` steps; with `alpha` they drafted, and so much was accepted at each position."""
+    if alpha is None or steps == 0:
+        return (StepCounts(batch, 0, steps, 0.05 * steps, (steps * batch,)),)
+    left, accepted = steps * batch, list[int]()
+    for _ in range(gamma):
+        going = round(left * alpha)
+        accepted.append(left - going)
+        left = going
+    return (StepCounts(batch, gamma, steps, 0.05 * steps, (*accepted, left)),)
+
+
 def seen(alpha: float | None, **changes: object) -> SpeculationObservation:
     acceptance = Acceptance() if alpha is None else Acceptance.prior((alpha,) * 4, 1000.0)
     base = SpeculationObservation(
@@ -26,8 +39,7 @@ def seen(alpha: float | None, **changes: object) -> SpeculationObservation:
         version="v1",
         profile=PROFILE,
         acceptance=acceptance,
-        trials=10,
-        steps=100,
+        measured=ran(100),
         running=1,
         max_batch=8,
         gamma_max=4,
@@ -63,66 +75,109 @@ def test_a_useless_draft_is_off_everywhere() -> None:
 
 
 def test_unknown_acceptance_or_no_draft_is_off() -> None:
-    assert decide(seen(None))[0].gammas == (0,) * 8
+    assert {choice.gamma for choice in decide(seen(None))[0].choices} == {0}
     assert decide(seen(0.9, version=""))[0].gammas == (0,) * 8
 
 
 def test_drift_turns_it_off_after_the_dwell_only() -> None:
-    on, early, late = decide(seen(0.7), seen(0.05, steps=5), seen(0.05, steps=POLICY.dwell_steps))
+    on, early, late = decide(seen(0.7), seen(0.05, measured=ran(5)), seen(0.05, measured=ran(POLICY.dwell_steps)))
     assert on.gammas[0] > 0
     assert early.gammas == on.gammas
     assert late.gammas == (0,) * 8
 
 
 def test_a_new_version_is_judged_at_once() -> None:
-    _, decision = decide(seen(0.05), seen(0.7, version="v2", steps=0))
+    _, decision = decide(seen(0.05), seen(0.7, version="v2", measured=()))
     assert decision.gammas[0] > 0
 
 
+def test_unknown_acceptance_is_probed_at_once_where_something_runs() -> None:
+    assert decide(seen(None))[0].probing
+    assert not decide(seen(None, running=0))[0].probing
+
+
 def test_off_is_no_trap_it_probes_and_comes_back() -> None:
-    quiet = {"trials": 0, "steps": 20}
     off, waiting, probing, still, over = decide(
         seen(0.05),
-        seen(0.05, now_s=10.0, **quiet),
-        seen(0.05, now_s=POLICY.probe_every_s + 0.1, **quiet),
-        seen(0.05, now_s=21.0, trials=0, steps=1),  # nothing drafted yet: the probe is not over
-        seen(0.05, now_s=22.0, trials=30, steps=POLICY.probe_steps),
+        seen(0.05, now_s=POLICY.probe_every_s - 0.1),
+        seen(0.05, now_s=POLICY.probe_every_s + 0.1),
+        seen(0.05, now_s=6.0, measured=ran(1)),  # nothing drafted yet: the probe is not over
+        seen(0.05, now_s=7.0, measured=ran(POLICY.probe_steps, 0.05)),
     )
     assert [d.probing for d in (off, waiting, probing, still, over)] == [False, False, True, True, False]
     assert probing.gammas == (2, 2, 1, 1, 1, 1, 1, 1)
     assert over.gammas == (0,) * 8
-    back = decide(seen(0.05), seen(0.8, now_s=30.0, trials=30, steps=100))[1]
+    back = decide(seen(0.05), seen(0.8, now_s=30.0, measured=ran(100, 0.8)))[1]
     assert back.gammas[0] > 0
 
 
-def test_probes_that_change_nothing_get_rarer_up_to_a_bound() -> None:
-    state, gaps, last_s, probing = POLICY.start(), list[float](), 0.0, False
-    for tenths in range(6000):
-        now_s = tenths / 10
-        drafted = {"trials": 30, "steps": POLICY.probe_steps} if probing else {"trials": 0, "steps": 10}
-        state, decision = POLICY.decide(state, seen(0.05, now_s=now_s, **drafted))
-        if decision.probing and not probing:
-            gaps.append(now_s - last_s)
-            last_s = now_s
-        probing = decision.probing
-    assert gaps[0] == pytest.approx(POLICY.probe_every_s, abs=0.3)
-    assert gaps[1] == pytest.approx(2 * POLICY.probe_every_s, abs=0.3)
-    assert all(gap == pytest.approx(4 * POLICY.probe_every_s, abs=0.3) for gap in gaps[2:])
-    assert len(gaps) > 5
+@pytest.mark.parametrize("batch", [1, 4, 8])
+def test_probes_cost_no_more_than_their_share(batch: int) -> None:
+    """Ten minutes of a useless draft, in virtual time: what probes lost of them, and that there were some."""
+    state, lost_s, probes, gamma, before = POLICY.start(), 0.0, 0, 0, False
+    for half in range(1200):
+        steps = 10
+        measured = ran(steps, 0.05, batch, gamma) if gamma else ran(steps, batch=batch)
+        if gamma:
+            took = 0.005 * gamma + 0.06 * (1 + 0.4 * (batch > 4))
+            lost_s += steps * took * 0.3
+        state, decision = POLICY.decide(state, seen(0.05, now_s=half / 2, running=batch, measured=measured))
+        probes += decision.probing and not before
+        gamma, before = decision.gammas[batch - 1], decision.probing
+    assert 5 < probes < 130
+    assert lost_s < 2 * POLICY.probe_loss * 600
 
 
-def test_an_idle_engine_is_not_probed_and_a_watched_one_sooner() -> None:
-    idle = seen(0.05, now_s=100.0, trials=0, running=0)
-    assert not decide(seen(0.05), idle)[1].probing
-    soon = seen(0.05, now_s=POLICY.probe_every_s / 4 + 0.1, trials=0, eager=True)
+def test_what_cannot_pay_is_not_probed() -> None:
+    dear = replace(PROFILE, draft_s=(0.2, 0.2, 0.2))  # each drafted token costs four steps
+    assert not decide(seen(None, profile=dear))[0].probing
+
+
+def test_a_watched_version_is_probed_sooner() -> None:
+    soon = seen(0.05, now_s=POLICY.probe_every_s / 4 + 0.1, eager=True)
     assert decide(seen(0.05), soon)[1].probing
 
 
 def test_a_probe_never_lowers_what_was_chosen() -> None:
     on = seen(0.7, running=8)
-    probing = decide(on, seen(0.7, running=8, trials=0, now_s=50.0))[1]
+    probing = decide(on, seen(0.7, running=8, now_s=50.0))[1]
     assert probing.probing
     assert all(gamma >= choice.gamma for gamma, choice in zip(probing.gammas, probing.choices, strict=True))
+
+
+def test_a_jump_is_believed_before_the_long_memory_follows() -> None:
+    """The monitor still says 0.6; a second of steps in which next to nothing was accepted says otherwise."""
+    drafting = ran(40, 0.6, batch=4, gamma=2)
+    jumped = ran(40, 0.02, batch=4, gamma=2)
+    _, _, after = decide(seen(0.7, measured=drafting), seen(0.7, measured=drafting), seen(0.6, measured=jumped))
+    assert after.alpha is not None
+    assert after.alpha < 0.2
+    assert after.gammas[3] == 0
+
+
+def test_traffic_that_turns_against_every_decision_is_given_up_for_a_while() -> None:
+    state, stopped_s = POLICY.start(), 0.0
+    for half in range(240):
+        # Whatever was decided, it was wrong: the memory says 0.7, and the steps accept nothing.
+        state, decision = POLICY.decide(state, seen(0.7, now_s=half / 2, measured=ran(10, 0.0, batch=8, gamma=2)))
+        stopped_s += 0.5 if "off until" in decision.reason else 0.0
+        assert "off until" not in decision.reason or decision.gammas == (0,) * 8
+    assert stopped_s > MEMORY_S
+
+
+def test_what_an_idle_draft_costs_counts_for_drafting() -> None:
+    idle = replace(PROFILE, idle_drafts=1.0)
+    [rests], [runs] = decide(seen(0.12)), decide(seen(0.12, profile=idle))
+    assert rests.choices[0].gamma == 0
+    assert runs.choices[0].speedups[1] > rests.choices[0].speedups[1]
+    assert runs.choices[0].speedups[0] == 1.0
+
+
+def test_a_decision_carries_its_figures() -> None:
+    [decision] = decide(seen(0.6, measured=ran(20, 0.5)))
+    figures = dict(decision.figures)
+    assert figures["alpha, long memory"] == pytest.approx(0.6)
+    assert figures["alpha, newest steps"] == pytest.approx(0.5)
 
 
 profiles = st.builds(
@@ -146,8 +201,7 @@ def test_never_above_what_is_allowed(
     profile: LatencyProfile, alpha: float, gamma_max: int, max_batch: int, quiet: int
 ) -> None:
     observations = [
-        seen(alpha, profile=profile, gamma_max=gamma_max, max_batch=max_batch, now_s=25.0 * i, trials=0)
-        for i in range(1 + quiet)
+        seen(alpha, profile=profile, gamma_max=gamma_max, max_batch=max_batch, now_s=25.0 * i) for i in range(1 + quiet)
     ]
     for decision in decide(*observations):
         assert len(decision.gammas) == max_batch
@@ -167,7 +221,7 @@ def test_noise_within_the_hysteresis_does_not_flap(profile: LatencyProfile, alph
     state, changes, before = POLICY.start(), [0] * 8, None
     for _ in range(60):
         noisy = min(1.0, max(0.0, alpha + draw.uniform(-noise, noise)))
-        state, decision = POLICY.decide(state, seen(noisy, profile=profile, steps=POLICY.dwell_steps))
+        state, decision = POLICY.decide(state, seen(noisy, profile=profile, measured=ran(POLICY.dwell_steps)))
         if before is not None:
             changes = [n + (x != y) for n, x, y in zip(changes, before, decision.gammas, strict=True)]
         before = decision.gammas
@@ -178,7 +232,7 @@ def test_noise_within_the_hysteresis_does_not_flap(profile: LatencyProfile, alph
 def test_it_changes_at_most_once_in_a_dwell(series: list[tuple[float, int]]) -> None:
     state, since, before = POLICY.start(), 0, None
     for alpha, steps in series:
-        state, decision = POLICY.decide(state, seen(alpha, steps=steps))
+        state, decision = POLICY.decide(state, seen(alpha, measured=ran(steps)))
         since += steps
         if before is not None and decision.gammas != before:
             assert since >= POLICY.dwell_steps
@@ -186,3 +240,57 @@ def test_it_changes_at_most_once_in_a_dwell(series: list[tuple[float, int]]) -> 
         if before is None:
             since = 0
         before = decision.gammas
+
+
+counts = st.builds(
+    lambda batch, accepted: StepCounts(batch, len(accepted) - 1, max(1, sum(accepted) // batch), 0.5, tuple(accepted)),
+    st.integers(1, 8),
+    st.lists(st.integers(0, 40), min_size=1, max_size=5),
+)
+
+
+@given(st.lists(counts, max_size=12), st.randoms(use_true_random=False), st.floats(0.0, 1.0))
+def test_the_order_of_evidence_within_an_observation_makes_no_difference(
+    measured: list[StepCounts], shuffle: random.Random, alpha: float
+) -> None:
+    other = list(measured)
+    shuffle.shuffle(other)
+    first, second = (decide(seen(alpha), seen(alpha, measured=tuple(order)))[1] for order in (measured, other))
+    assert first.gammas == second.gammas
+    assert [value for _, value in first.figures] == pytest.approx([value for _, value in second.figures])
+
+
+@given(profiles, st.floats(0.0, 1.0), st.lists(st.floats(0.0, 1.0), min_size=1, max_size=30))
+def test_it_flaps_no_more_than_the_dwell_lets_it_however_noisy(
+    profile: LatencyProfile, alpha: float, noise: list[float]
+) -> None:
+    """Acceptance jumps at random: the choice changes at most once in a dwell, and probes never exceed gamma_max."""
+    state, changes, steps = POLICY.start(), 0, 0
+    before: tuple[int, ...] | None = None
+    for half, jump in enumerate(noise):
+        moved = min(1.0, max(0.0, alpha + (jump - 0.5)))
+        state, decision = POLICY.decide(
+            state, seen(moved, profile=profile, now_s=half / 2, measured=ran(10, moved, batch=2, gamma=2))
+        )
+        chosen = tuple(choice.gamma for choice in decision.choices)
+        if before is not None and chosen != before and "off until" not in decision.reason:
+            changes += 1
+        before, steps = chosen, steps + 10
+    assert changes <= 1 + steps // POLICY.dwell_steps
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=12), st.floats(0.0, 1.0))
+def test_what_is_allowed_may_change_at_any_time(most: list[int], alpha: float) -> None:
+    observations = [
+        seen(alpha, gamma_max=gamma_max, now_s=i / 2, measured=ran(5, alpha, batch=2, gamma=max(gamma_max, 1)))
+        for i, gamma_max in enumerate(most)
+    ]
+    for gamma_max, decision in zip(most, decide(*observations), strict=True):
+        assert all(gamma <= gamma_max for gamma in decision.gammas)
+
+
+def test_a_new_version_does_not_answer_for_what_the_old_one_lost() -> None:
+    bad = [seen(0.7, now_s=i / 2, measured=ran(10, 0.0, batch=8, gamma=2)) for i in range(60)]
+    before, after = decide(*bad, seen(0.7, now_s=30.0, version="v2", measured=()))[-2:]
+    assert "off until" in before.reason
+    assert after.choices[0].gamma > 0

@@ -14,7 +14,7 @@ from tests.support import eventually
 from tests.tiny import make_target
 from tided.draft import checkpoint
 from tided.machine.collection import Collection, Phase
-from tided.model.errors import Refused, Superseded, Unavailable
+from tided.model.errors import NotFound, Refused, Superseded, Unavailable
 from tided.model.records import (
     DeploymentState,
     Evaluation,
@@ -134,6 +134,13 @@ async def test_the_loop_from_samples_to_the_served_draft(scene: Scene) -> None:
     # Its gate's evaluation is the prior: it drafts before anything was served.
     await scene.control.converge()
     assert scene.engine.info.gammas[0] > 0
+    [explained] = await scene.control.plane.explain(ENGINE)
+    assert explained.policy == "threshold"
+    assert explained.gammas == scene.engine.info.gammas
+    assert explained.choices[0].speedups[explained.choices[0].gamma] > 1.0
+    assert len(explained.conditional) > 0
+    with pytest.raises(NotFound):
+        await scene.control.plane.explain("other")
     await scene.engine.report(alpha=0.6, requests=6)
 
     async def live() -> bool:
@@ -250,6 +257,8 @@ async def test_the_policy_setting_is_obeyed(scene: Scene) -> None:
     assert await plane.set_policy(SpeculationMode.FIXED, 3, "uid:1") == PolicySetting(SpeculationMode.FIXED, 3)
     await scene.control.converge()
     assert set(scene.engine.info.gammas) == {3}
+    [explained] = await plane.explain(None)
+    assert (explained.policy, set(explained.gammas)) == ("operator", {3})
     await plane.set_policy(SpeculationMode.OFF, 0, "uid:1")
     await scene.control.converge()
     assert set(scene.engine.info.gammas) == {0}

@@ -144,7 +144,8 @@ class SamplesConfig(_Section):
 class SpeculationConfig(_Section):
     """How many tokens are drafted. Speculation is chosen where predicted speedup > 1 + `margin`.
 
-    `policy` is a name of the entry points `tided.policies`; `options` are for policies that take their own.
+    `policy` is a name of the entry points `tided.policies`; `options` are for policies that take their own. `probe_loss`: the share of
+    the time that probes may cost; `most_lost`: of the last minute, what drafting may cost in all before it rests.
     """
 
     policy: str = "threshold"
@@ -153,8 +154,10 @@ class SpeculationConfig(_Section):
     margin: Annotated[float, Field(ge=0, le=1)] = 0.03
     hysteresis: Annotated[float, Field(ge=0, le=1)] = 0.03
     dwell_steps: Count = 32
-    probe_every_s: Seconds = 20.0
+    probe_every_s: Seconds = 5.0
     probe_steps: Count = 16
+    probe_loss: Annotated[float, Field(gt=0, le=1)] = 0.01
+    most_lost: Annotated[float, Field(gt=0, le=1)] = 0.02
 
 
 class TrainingConfig(_Section):

@@ -11,7 +11,7 @@ import pytest
 from tests.ctl_run import tidectl
 from tests.engines.environment import CHECKOUT, engine_environment
 from tests.tiny import make_target
-from tided.engine.sglang import plugin
+from tided.engine.sglang import plugin, profile
 
 ARGUMENTS = {
     f"{plugin.WORKER}.forward_batch_generation": ["self", "batch", "on_publish", "grammar_barrier", "pp_proxy_tensors"],
@@ -34,6 +34,7 @@ MENTIONS = {
     ),
     "managers/scheduler.py": ("self.model_worker", "self.running_batch", "self.chunked_req", "self.gracefully_exit"),
     "speculative/eagle_worker_v2.py": ("self.hot_token_id", "self.draft_runner", "self.speculative_num_steps"),
+    "environ.py": (profile.SKIP_IDLE_DRAFT,),
     "models/llama_eagle3.py": ('"midlayer": "layers.0"', "self.hot_token_id"),
     "speculative/adaptive_spec_params.py": ("def candidate_steps", "def get_steps_for_batch", "def on_verify_complete"),
 }

@@ -44,6 +44,7 @@ class TestOnlyVllm:
         profile = (await peer.here()).profile
         assert profile is not None
         assert profile.batches == (1, 2, 4)
+        assert profile.idle_drafts == 0.0
         assert set(profile.tokens) == {batch * width for batch in (1, 2, 4) for width in (1, 2, 3, 4)}
 
     async def test_acceptance_equals_vllms_own(self, subject: VllmServer, peer: Peer, reference: Reference) -> None:

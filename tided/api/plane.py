@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tided.model.records import Deployment, Draft, Event, Finding, Job, PolicySetting, SpeculationMode, WorkerInfo
-from tided.model.status import EngineStatus, Status
+from tided.model.status import EngineStatus, Explanation, Status
 
 
 class Plane(Protocol):
@@ -40,6 +40,10 @@ class Plane(Protocol):
     async def workers(self) -> tuple[WorkerInfo, ...]: ...
 
     async def policy(self) -> PolicySetting: ...
+
+    async def explain(self, engine: str | None) -> tuple[Explanation, ...]:
+        """The newest decision about each engine's drafted tokens, or about one's. Engines that nothing was decided about are absent."""
+        ...
 
     async def set_policy(self, mode: SpeculationMode, gamma: int, actor: str) -> PolicySetting: ...
 

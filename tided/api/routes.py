@@ -107,6 +107,10 @@ async def policy(call: Call) -> Any:
     return await call.plane.policy()
 
 
+async def decisions(call: Call) -> Any:
+    return await call.plane.explain(_engine(call))
+
+
 async def events(call: Call) -> Any:
     """Events after `after`; with `wait_s`, waits that long for the first one (long poll), less when the server stops."""
     query = Query(call.request)
@@ -124,10 +128,14 @@ async def events(call: Call) -> Any:
 
 
 async def doctor(call: Call) -> Any:
+    return await call.plane.doctor(_engine(call))
+
+
+def _engine(call: Call) -> str | None:
     query = Query(call.request)
     engine = query.text("engine", "")
     query.done()
-    return await call.plane.doctor(engine or None)
+    return engine or None
 
 
 async def init_draft(call: Call) -> Any:
@@ -179,6 +187,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("GET", "/v1/jobs/{job}", Access.READ, job),
     Endpoint("GET", "/v1/workers", Access.READ, workers),
     Endpoint("GET", "/v1/policy", Access.READ, policy),
+    Endpoint("GET", "/v1/policy/decisions", Access.READ, decisions),
     Endpoint("GET", "/v1/events", Access.OPERATE, events),
     Endpoint("GET", "/v1/doctor", Access.OPERATE, doctor),
     Endpoint("POST", "/v1/drafts", Access.OPERATE, init_draft),

@@ -126,6 +126,48 @@ def engine_args(
         sys.stdout.write(found.shell() + "\n")
 
 
+@app.command()
+def replay(
+    context: typer.Context,
+    trace: Annotated[str, typer.Argument(help="A trace file, or the name of a generated one: bursty, recurring, ...")],
+    policies: Annotated[list[str] | None, typer.Option("--policy", help="By name; repeat it for more.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of a generated trace.")] = 0,
+    seconds: Annotated[float, typer.Option(min=10, max=86_400, help="Length of a generated trace.")] = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Run policies over recorded or generated traffic in virtual time. Needs no running tided."""
+    from tided.config import Config, load
+    from tided.ctl import render
+    from tided.ctl import replay as offline
+    from tided.model.codec import to_plain
+
+    where: _Where = context.obj
+    settings = (load(where.config) if where.config is not None else Config()).speculation
+    found = offline.replay(trace, policies or (), settings, seed, seconds)
+    render.plain(to_plain(found)) if as_json else offline.show(found)
+
+
+@app.command()
+def plan(
+    devices: Annotated[
+        list[str], typer.Argument(help="KIND=COUNT with the paper's rates, or KIND=COUNT:INFERENCE:TRAINING.")
+    ],
+    speedup: Annotated[float, typer.Option(help="Of serving with an adapted draft over serving as it is.")],
+    spread: Annotated[float, typer.Option(min=0, help="How much lower or higher the speedup may be.")] = 0.0,
+    training: Annotated[
+        float, typer.Option(min=0, help="The least training rate that keeps up with the traffic.")
+    ] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Which devices should serve, which should train, and whether training pays. Needs no running tided."""
+    from tided.ctl import plan as offline
+    from tided.ctl import render
+    from tided.model.codec import to_plain
+
+    found = offline.made(devices, speedup, spread, training)
+    render.plain(to_plain(found)) if as_json else offline.show(found)
+
+
 @drafts.command("init")
 def drafts_init(
     context: typer.Context,
@@ -219,6 +261,19 @@ def policy_set(
     elif mode not in ("auto", "off"):
         raise typer.BadParameter(f"expected auto, off or gamma=N, got {mode!r}", param_hint="MODE")
     _show_policy(_post(context, ("policy",), body), as_json)
+
+
+@policy.command("explain")
+def policy_explain(
+    context: typer.Context,
+    engine: Annotated[str | None, typer.Argument(help="Of the engines only this one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The newest decision about each engine, with the figures that led to it."""
+    from tided.model.status import Explanation
+
+    render, answer = _get(context, "/v1/policy/decisions", {"engine": engine} if engine else None)
+    render.plain(answer) if as_json else render.explanations(_records(Explanation, answer))
 
 
 @train.command("now")

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tided.ctl import words
 from tided.model.records import Deployment, Draft, EngineInfo, Event, Job, WorkerInfo
-from tided.model.status import EngineStatus, Status
+from tided.model.status import EngineStatus, Explanation, Status
 
 LABEL_WIDTH = 11
 
@@ -133,6 +133,33 @@ def draft(item: Draft) -> None:
     if item.quarantined:
         rows["quarantined"] = item.quarantined
     _facts(rows)
+
+
+def explanations(items: Sequence[Explanation]) -> None:
+    """Each decision: what was decided, why, what was looked at, and the predicted speedups at some batch sizes."""
+    if not items:
+        say("nothing was decided yet: no engine is connected, or this tided does not lead")
+    console = _console()
+    for item in items:
+        console.print(Text(f"engine {item.engine}: {item.policy}, {item.running} running", style="bold"))
+        _line(console, "  drafting", words.gammas(item.gammas) + (" (probing)" if item.probing else ""))
+        _line(console, "", item.reason)
+        positions = ", ".join(words.number(value, 3) for value in item.conditional) or "-"
+        _line(console, "  alpha", f"{words.number(item.alpha)}; by position {positions}")
+        figures = _table("  FIGURE", ">VALUE")
+        for name, value in item.figures.items():
+            figures.add_row(f"  {name}", f"{value:.4g}")
+        console.print(figures)
+        most = max((len(choice.speedups) for choice in item.choices), default=0)
+        speedups = _table("  BATCH", *(f">GAMMA {gamma}" for gamma in range(most)))
+        for choice in item.choices:
+            if choice.batch.bit_count() == 1 or choice.batch in (item.running, len(item.choices)):
+                marks = ("*" if gamma == choice.gamma else " " for gamma in range(most))
+                cells = (f"{value:.2f}{mark}" for value, mark in zip(choice.speedups, marks, strict=False))
+                speedups.add_row(f"  {choice.batch}", *cells)
+        if most:
+            console.print(speedups)
+            _line(console, "", "predicted speedup over no speculation; * is chosen")
 
 
 def jobs(items: Sequence[Job]) -> None:

@@ -38,13 +38,15 @@ class TargetInfo:
 class LatencyProfile:
     """T(n): seconds of one target forward over n tokens in all; D(b): seconds of one draft forward over a batch of b.
 
-    `tokens` and `batches` ascend; between them the policy interpolates linearly.
+    `tokens` and `batches` ascend; between them the policy interpolates linearly. `idle_drafts`: draft forwards that a step runs
+    which drafts nothing; 0.0 where the draft rests then, 1.0 where it is kept in step.
     """
 
     tokens: tuple[int, ...]
     target_s: tuple[float, ...]
     batches: tuple[int, ...]
     draft_s: tuple[float, ...]
+    idle_drafts: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

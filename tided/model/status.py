@@ -22,6 +22,35 @@ class SpeculationStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen at one batch size. `speedups[g]` is what is predicted at g drafted tokens, over none."""
+
+    batch: int
+    gamma: int
+    speedups: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The newest decision about an engine's drafted tokens, with the figures that led to it.
+
+    `policy`: its name, or "operator". `gammas` is what was decided, by batch size; while probing it differs from the choices.
+    `conditional[k]`: the acceptance of drafted token k given that all before it were accepted.
+    """
+
+    engine: str
+    policy: str
+    running: int
+    gammas: tuple[int, ...]
+    probing: bool
+    reason: str
+    alpha: float | None
+    conditional: tuple[float, ...]
+    choices: tuple[Choice, ...]
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingStatus:
     """Algorithm 1 for one engine. `state`: "collecting", "training", "scoring", "deploying", "waiting" or "off"."""
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from tided.model.records import LatencyProfile
+from tided.model.records import LatencyProfile, StepCounts
 from tided.policies.speedup import Acceptance
 
 S = TypeVar("S")
@@ -13,20 +13,29 @@ S = TypeVar("S")
 class SpeculationObservation:
     """What is known about an engine at `now_s` (any monotonic clock).
 
-    `acceptance`: recent counts of the served `version`, its gate's evaluation as prior included. `trials`: request-steps that
-    drafted since the previous observation; `steps`: engine steps since the previous observation. `version` "" is no draft.
+    `acceptance`: recent counts of the served `version`, its gate's evaluation as prior included. `measured`: what the engine did since the
+    previous observation, by batch size and gamma: steps, seconds, tokens accepted. `version` "" is no draft.
     """
 
     now_s: float
     version: str
     profile: LatencyProfile
     acceptance: Acceptance
-    trials: int
-    steps: int
+    measured: tuple[StepCounts, ...]
     running: int
     max_batch: int
     gamma_max: int
     eager: bool = False  # acceptance is wanted soon: a new version is being watched
+
+    @property
+    def steps(self) -> int:
+        """Engine steps since the previous observation."""
+        return sum(counts.steps for counts in self.measured)
+
+    @property
+    def trials(self) -> int:
+        """Request-steps that drafted since the previous observation."""
+        return sum(sum(counts.accepted) for counts in self.measured if counts.gamma)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +53,17 @@ class BatchChoice:
 
 @dataclass(frozen=True, slots=True)
 class SpeculationDecision:
-    """gammas[b - 1] drafted tokens at batch size b. `choices` is what the figures say; while probing, `gammas` differ from it."""
+    """gammas[b - 1] drafted tokens at batch size b. `choices` is what the predictions say; while probing, `gammas` differ from it.
+
+    `figures`: whatever else led to it, by name, for people: `tidectl policy explain` shows them.
+    """
 
     gammas: tuple[int, ...]
     choices: tuple[BatchChoice, ...]
     alpha: float | None
     probing: bool
     reason: str
+    figures: tuple[tuple[str, float], ...] = ()
 
 
 class SpeculationPolicy(Protocol[S]):

@@ -2,7 +2,9 @@
 
 gamma: drafted tokens a step. alpha: probability that a drafted token is accepted given that all before it in the step were; it is
 *conditional*, so accepted / drafted is not it. b: batch size. T(n), D(b): seconds of a target forward over n tokens and of a draft
-forward over a batch of b (`LatencyProfile`). In the embedded engine gamma = 0 costs nothing extra: no draft forward runs at all.
+forward over a batch of b (`LatencyProfile`). A step with gamma = 0 takes T(b) where the draft rests (the embedded engine, vLLM after a
+few such steps), and a draft forward more where the engine keeps the draft in step (`LatencyProfile.idle_drafts`). "No speculation" is
+what the engine does at gamma = 0, so a speedup is over that.
 
 Eq. 2 with one alpha is the model. Drafts that feed on their own features lose accuracy from step to step, so where the conditional
 acceptance a_k of drafted token k was measured, `Acceptance.length` uses 1 + a_1 + a_1 a_2 + ... (Eq. 2 is its case of equal a_k), and
@@ -12,9 +14,12 @@ pulls each a_k towards alpha by a few pseudo-trials, so that positions that were
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from tided.model.records import LatencyProfile, StepCounts
 
+HALF_LIFE_TRIALS = 400.0
+"""Request-steps after which a count of acceptance is worth half."""
 _PRIOR_TRIALS = 16.0
 _BISECTIONS = 60
 
@@ -96,6 +101,10 @@ class Acceptance:
             tuple(keep * at(self.trials, k) + at(other.trials, k) for k in range(size)),
         )
 
+    def faded(self, trials: float, half_life: float = HALF_LIFE_TRIALS) -> "Acceptance":
+        """These counts after `trials` more request-steps that drafted."""
+        return self.plus(Acceptance(), 0.5 ** (trials / half_life))
+
     @property
     def steps(self) -> float:
         """Request-steps that drafted something."""
@@ -119,11 +128,17 @@ class Acceptance:
 
     def length(self, gamma: int) -> float:
         """E[l] = 1 + a_1 + a_1 a_2 + ... at `gamma` drafted tokens."""
+        return self.lengths(gamma)[gamma]
+
+    def lengths(self, gamma_max: int) -> tuple[float, ...]:
+        """E[l] at 0, 1, ... gamma_max drafted tokens."""
         total, chain = 1.0, 1.0
-        for k in range(gamma):
+        found = [total]
+        for k in range(gamma_max):
             chain *= self.conditional(k)
             total += chain
-        return total
+            found.append(total)
+        return tuple(found)
 
 
 def interpolate(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
@@ -135,6 +150,7 @@ def interpolate(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
     return max(ys[i - 1] + slope * (x - xs[i - 1]), min(ys))
 
 
+@lru_cache(maxsize=4096)
 def monotone(profile: LatencyProfile) -> LatencyProfile:
     """The profile with every time lowered to the least one at or beyond it: more work never takes less, so what says so is noise.
 
@@ -158,16 +174,25 @@ def draft_s(profile: LatencyProfile, batch: float) -> float:
 
 
 def step_s(profile: LatencyProfile, batch: int, gamma: int) -> float:
-    """Seconds of one step: gamma D(b) + T(b (gamma + 1)), the numerator of Eq. 3."""
-    drafting = gamma * draft_s(profile, batch) if gamma else 0.0
+    """Seconds of one step: gamma D(b) + T(b (gamma + 1)), the numerator of Eq. 3; at gamma = 0 with the idle draft's forwards."""
+    drafts = gamma or profile.idle_drafts
+    drafting = drafts * draft_s(profile, batch) if drafts else 0.0
     return drafting + target_s(profile, batch * (gamma + 1))
+
+
+@lru_cache(maxsize=4096)
+def steps_s(profile: LatencyProfile, max_batch: int, gamma_max: int) -> tuple[tuple[float, ...], ...]:
+    """`step_s` as a table: entry [b - 1][gamma] for batch sizes 1 to `max_batch` and 0 to `gamma_max` drafted tokens."""
+    return tuple(
+        tuple(step_s(profile, batch, gamma) for gamma in range(gamma_max + 1)) for batch in range(1, max_batch + 1)
+    )
 
 
 def speedup_of_length(profile: LatencyProfile, batch: int, gamma: int, length: float) -> float:
     """Eq. 5 with a given E[l]: E[l] / (c(b) gamma + beta(b)), c(b) = D(b)/T(b), beta(b) = T(b (gamma+1))/T(b). 1.0 at gamma = 0."""
     if gamma == 0:
         return 1.0
-    return length * target_s(profile, batch) / step_s(profile, batch, gamma)
+    return length * step_s(profile, batch, 0) / step_s(profile, batch, gamma)
 
 
 def speedup(profile: LatencyProfile, batch: int, gamma: int, alpha: float) -> float:

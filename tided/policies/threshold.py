@@ -1,39 +1,47 @@
 """The threshold policy: at each batch size the number of drafted tokens with the largest speedup that Eq. 5 predicts.
 
 It turns on above 1 + margin, off below 1 + margin - hysteresis, changes from one gamma to another only for a gain above the
-hysteresis, and at most once in `dwell_steps` engine steps. A new version is judged at once. While nothing is drafted there is no
-acceptance signal, so every `probe_every_s` it drafts for `probe_steps` steps: gamma = 0 is never a trap. Each probe that changes
-nothing doubles the wait for the next, up to 4 times `probe_every_s`: what keeps on not paying should cost little to know.
+hysteresis, and at most once in `dwell_steps` engine steps. A new version is judged at once. Where the newest counts surely differ from
+the longer memory, they are believed (`Evidence`).
+
+While nothing is drafted there is no acceptance signal, so now and then it drafts for `probe_steps` steps: gamma = 0 is never a trap.
+After each probe it waits for so long that probes cost no more than the share `probe_loss` of the time, and at least `probe_every_s`.
+Traffic that turns against every decision is met by the loss account: once drafting has cost `most_lost` of the last minute, net of what it
+gained, nothing is drafted until a quarter of that is forgotten.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from tided.config import SpeculationConfig
 from tided.model.errors import Refused
 from tided.policies.base import BatchChoice, SpeculationDecision, SpeculationObservation
-from tided.policies.speedup import speedup_of_length
+from tided.policies.choice import Held, Rule, could_pay, predictions
+from tided.policies.evidence import Evidence, LossAccount, figures, lost_s
+from tided.policies.speedup import Acceptance
 
 _PROBE_GAMMA = 2
 _PROBE_GAMMA_LARGE = 1  # a large batch is compute bound: each drafted token costs its full share
 _LARGE_BATCH = 3
 _EAGER_SHARE = 0.25
-_MOST_DOUBLINGS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class ThresholdState:
-    """`since_change`: engine steps under the present choice. `signal_s`: when a drafted token was judged last (or first looked).
+    """`signal_s`: when a drafted token was judged last, or first looked for. `probe_due_s`: when the next probe may begin.
 
-    `fruitless`: probes in a row after which nothing was drafted still.
+    `probe_lost_s`: seconds that the probe under way has cost. `stopped`: the loss account is overdrawn.
     """
 
     version: str = ""
-    gammas: tuple[int, ...] = ()
-    since_change: int = 0
-    signal_s: float | None = None
+    held: Held = field(default_factory=Held)
+    signal_s: float = 0.0
+    probe_due_s: float = 0.0
     probe_steps_left: int = 0
-    fruitless: int = 0
+    probe_lost_s: float = 0.0
+    stopped: bool = False
+    evidence: Evidence = field(default_factory=Evidence)
+    account: LossAccount = field(default_factory=LossAccount)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +51,10 @@ class ThresholdPolicy:
     margin: float = 0.03
     hysteresis: float = 0.03
     dwell_steps: int = 32
-    probe_every_s: float = 20.0
+    probe_every_s: float = 5.0
     probe_steps: int = 16
+    probe_loss: float = 0.01
+    most_lost: float = 0.02
 
     @classmethod
     def of(cls, config: SpeculationConfig) -> Self:
@@ -57,57 +67,61 @@ class ThresholdPolicy:
             dwell_steps=config.dwell_steps,
             probe_every_s=config.probe_every_s,
             probe_steps=config.probe_steps,
+            probe_loss=config.probe_loss,
+            most_lost=config.most_lost,
         )
 
     def start(self) -> ThresholdState:
         return ThresholdState()
 
     def decide(self, state: ThresholdState, seen: SpeculationObservation) -> tuple[ThresholdState, SpeculationDecision]:
-        fresh = state.version != seen.version or len(state.gammas) != seen.max_batch
-        if fresh:
-            state = ThresholdState(version=seen.version, gammas=(0,) * seen.max_batch, signal_s=seen.now_s)
-        choices = tuple(self._choose(seen, batch, state.gammas[batch - 1]) for batch in range(1, seen.max_batch + 1))
-        wanted = tuple(choice.gamma for choice in choices)
-        since = state.since_change + seen.steps
-        if wanted != state.gammas and not fresh and since < self.dwell_steps:
-            choices = tuple(replace(choice, gamma=gamma) for choice, gamma in zip(choices, state.gammas, strict=True))
-            wanted = state.gammas
-        state = replace(state, gammas=wanted, since_change=since if wanted == state.gammas and not fresh else 0)
-        state = self._probe(state, seen)
+        if state.version != seen.version or len(state.held.gammas) != seen.max_batch:
+            # What is known of its acceptance needs no probe at once.
+            due_s = seen.now_s if seen.acceptance.alpha is None else seen.now_s + self.probe_every_s
+            held = Held((0,) * seen.max_batch)
+            state = ThresholdState(seen.version, held, seen.now_s, due_s)
+        state, lost = self._learn(state, seen)
+        acceptance = state.evidence.best(seen.acceptance)
+        rule = Rule(self.margin, self.hysteresis, self.dwell_steps)
+        choices, held = rule.settle(state.held, predictions(seen, acceptance), seen.steps, stopped=state.stopped)
+        state = replace(state, held=held)
+        state = self._probe(state, seen, lost)
         probing = state.probe_steps_left > 0
-        gammas = self._probe_gammas(wanted, seen.gamma_max) if probing else wanted
-        reason = self._reason(seen, choices, probing)
-        return state, SpeculationDecision(gammas, choices, seen.acceptance.alpha, probing, reason)
-
-    def _choose(self, seen: SpeculationObservation, batch: int, current: int) -> BatchChoice:
-        known = bool(seen.version) and seen.acceptance.alpha is not None
-        most = seen.gamma_max if known else 0
-        speedups = tuple(
-            speedup_of_length(seen.profile, batch, gamma, seen.acceptance.length(gamma)) for gamma in range(most + 1)
+        gammas = self._probe_gammas(held.gammas, seen.gamma_max) if probing else held.gammas
+        reason = self._reason(seen, state, choices, acceptance)
+        return state, SpeculationDecision(
+            gammas, choices, acceptance.alpha, probing, reason, figures(seen, state.evidence, state.account)
         )
-        best = max(range(most + 1), key=lambda gamma: (speedups[gamma], -gamma))
-        turned_on = best if speedups[best] > 1.0 + max(self.margin, self.hysteresis) else 0
-        if current == 0 or current > most:
-            return BatchChoice(batch, turned_on, speedups)
-        if speedups[current] <= 1.0 + self.margin - self.hysteresis:
-            return BatchChoice(batch, turned_on, speedups)
-        better = speedups[best] > speedups[current] * (1.0 + self.hysteresis)
-        return BatchChoice(batch, best if better else current, speedups)
 
-    def _probe(self, state: ThresholdState, seen: SpeculationObservation) -> ThresholdState:
-        if not seen.version or seen.gamma_max == 0:
-            return replace(state, signal_s=seen.now_s, probe_steps_left=0)
+    def _learn(self, state: ThresholdState, seen: SpeculationObservation) -> tuple[ThresholdState, float]:
+        """The state with what was measured taken in, and the seconds that it lost."""
+        lost = lost_s(seen.profile, seen.measured, seen.max_batch, seen.gamma_max)
+        account = state.account.add(seen.now_s, lost)
+        stopped = account.overdrawn(self.most_lost, already=state.stopped)
+        evidence, held = state.evidence.add(seen.measured), state.held.allowed(seen)
+        return replace(state, held=held, evidence=evidence, account=account, stopped=stopped), lost
+
+    def _probe(self, state: ThresholdState, seen: SpeculationObservation, lost: float) -> ThresholdState:
+        if not seen.version or seen.gamma_max == 0 or state.stopped:
+            return replace(state, probe_steps_left=0)
         if state.probe_steps_left > 0:
             # Only steps that drafted count: a step of the old schedule says nothing.
             left = max(0, state.probe_steps_left - (seen.steps if seen.trials else 0))
-            fruitless = 0 if any(state.gammas) else state.fruitless + int(left == 0)
-            return replace(state, probe_steps_left=left, signal_s=seen.now_s, fruitless=fruitless)
-        if seen.trials or state.signal_s is None:
-            return replace(state, signal_s=seen.now_s)
-        patience = _EAGER_SHARE if seen.eager else 2.0 ** min(state.fruitless, _MOST_DOUBLINGS)
-        every_s = self.probe_every_s * patience
-        due = seen.running > 0 and seen.now_s - state.signal_s >= every_s
-        return replace(state, probe_steps_left=self.probe_steps, signal_s=seen.now_s) if due else state
+            cost = state.probe_lost_s + lost
+            due_s = seen.now_s + max(self.probe_every_s, cost / self.probe_loss)
+            return replace(state, probe_steps_left=left, probe_lost_s=cost, probe_due_s=due_s, signal_s=seen.now_s)
+        if seen.trials:
+            # Of a probe that is over steps may still come in, and cost.
+            due_s = max(seen.now_s + self.probe_every_s, state.probe_due_s)
+            if not any(state.held.gammas):
+                due_s += max(lost, 0.0) / self.probe_loss
+            return replace(state, probe_due_s=due_s, signal_s=seen.now_s)
+        soon_s = state.signal_s + _EAGER_SHARE * self.probe_every_s
+        due_s = min(state.probe_due_s, soon_s) if seen.eager else state.probe_due_s
+        batch = min(seen.running, seen.max_batch)
+        if batch and seen.now_s >= due_s and could_pay(seen.profile, batch, seen.gamma_max) is not None:
+            return replace(state, probe_steps_left=self.probe_steps, probe_lost_s=0.0)
+        return state
 
     @staticmethod
     def _probe_gammas(wanted: tuple[int, ...], gamma_max: int) -> tuple[int, ...]:
@@ -116,20 +130,28 @@ class ThresholdPolicy:
         ]
         return tuple(max(gamma, least) for gamma, least in zip(wanted, probe, strict=True))
 
-    def _reason(self, seen: SpeculationObservation, choices: tuple[BatchChoice, ...], probing: bool) -> str:
+    def _reason(
+        self,
+        seen: SpeculationObservation,
+        state: ThresholdState,
+        choices: tuple[BatchChoice, ...],
+        acceptance: Acceptance,
+    ) -> str:
         if not seen.version:
             return "the engine serves no draft"
-        alpha = seen.acceptance.alpha
+        alpha, probing = acceptance.alpha, state.probe_steps_left > 0
         if alpha is None:
             return (
                 "probing: acceptance is not known yet" if probing else "acceptance is not known yet: waiting to probe"
             )
         at = choices[min(max(seen.running, 1), len(choices)) - 1]
-        best = max(at.speedups)
+        if state.stopped:
+            return f"drafting cost {state.account.balance_s:.1f} s in the last minute: off until that is forgotten"
         if probing:
             return f"probing for acceptance at batch {at.batch} (alpha was {alpha:.2f})"
         if at.gamma:
             return (
                 f"at batch {at.batch} drafting {at.gamma} is predicted to give {at.predicted:.2f}x (alpha {alpha:.2f})"
             )
+        best = max(at.speedups)
         return f"at batch {at.batch} drafting would give {best:.2f}x at best (alpha {alpha:.2f}), below 1 + margin"

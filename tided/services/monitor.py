@@ -22,9 +22,10 @@ from tided.policies.speedup import Acceptance, expected_length
 from tided.policies.training import AcceptanceTrend, request_alpha
 from tided.store.engines import EngineStore
 
-HALF_LIFE_TRIALS = 400.0
 PRIOR_TRIALS = 64.0
 RATE_WINDOW_S = 10.0
+MOST_UNTOLD = 1000
+"""Counts kept for the policy of an engine that it is not asked about."""
 _READ_LIMIT = 500
 
 _log = structlog.get_logger()
@@ -94,8 +95,7 @@ class EngineView:
     running: int = 0
     waiting: int = 0
     tap: TapTotals = field(default_factory=TapTotals)
-    steps: int = 0  # engine steps not yet told to the policy
-    trials: int = 0  # request-steps that drafted, not yet told to the policy
+    measured: deque[StepCounts] = field(default_factory=lambda: deque(maxlen=MOST_UNTOLD))  # not yet told to the policy
     batch_s: dict[int, float] = field(default_factory=dict)  # seconds spent at each batch size, fading
     expected: bool = False  # the prior of this version was looked up
     last_report_s: float | None = None
@@ -129,16 +129,14 @@ class EngineView:
         self.running, self.waiting, self.tap = observation.running, observation.waiting, observation.tap
         self.last_report_s = now_s
         self._rate(observation.steps, now_s)
-        self.steps += sum(counts.steps for counts in observation.steps)
         if observation.version != self.version:
             # The report in which the version changed mixes both: its acceptance is nobody's.
             self.restart(observation.version)
             return
         new = Acceptance.of(observation.steps)
-        keep = 0.5 ** (new.steps / HALF_LIFE_TRIALS)
-        self.live = self.live.plus(Acceptance(), keep).plus(new)
-        self.prior = self.prior.plus(Acceptance(), keep)
-        self.trials += round(new.steps)
+        self.live = self.live.faded(new.steps).plus(new)
+        self.prior = self.prior.faded(new.steps)
+        self.measured += observation.steps
         for stats in observation.requests:
             self.watch.add(stats)
             if stats.version == self.version:
@@ -150,12 +148,13 @@ class EngineView:
         self.version, self.prior, self.live = version, Acceptance(), Acceptance()
         self.fresh_trend, self.expected = self.fresh_trend.restart(version), False
         self.trends, self.served = {}, ServedClasses()
+        self.measured.clear()
 
-    def told(self) -> tuple[int, int]:
-        """(steps, trials) since the last call: what the policy is told once."""
-        steps, trials = self.steps, self.trials
-        self.steps = self.trials = 0
-        return steps, trials
+    def told(self) -> tuple[StepCounts, ...]:
+        """What was measured since the last call: the policy is told it once."""
+        told = tuple(self.measured)
+        self.measured.clear()
+        return told
 
     def tokens_per_s(self, now_s: float) -> float | None:
         """Tokens emitted a second over the last RATE_WINDOW_S; None without a report in it."""

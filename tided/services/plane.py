@@ -28,7 +28,7 @@ from tided.model.records import (
     SpeculationMode,
     WorkerInfo,
 )
-from tided.model.status import EngineStatus, SpeculationStatus, Status, TrainingStatus
+from tided.model.status import Choice, EngineStatus, Explanation, SpeculationStatus, Status, TrainingStatus
 from tided.services.controller import Controller
 from tided.services.deployer import ROLLBACK, TALLY, Tally, check_fit
 from tided.services.dispatcher import TrainingView
@@ -112,6 +112,31 @@ class ControlPlane:
 
     async def policy(self) -> PolicySetting:
         return await self._context.state.policy()
+
+    async def explain(self, engine: str | None) -> tuple[Explanation, ...]:
+        views = sorted(self._controller.monitor.views.values(), key=lambda view: view.engine)
+        setting = await self.policy()
+        auto = setting.mode is SpeculationMode.AUTO
+        name = self._context.config.speculation.policy if auto else "operator"
+        found = [self._explanation(view, name) for view in (views if engine is None else [self._view(engine)])]
+        return tuple(explanation for explanation in found if explanation is not None)
+
+    def _explanation(self, view: EngineView, policy: str) -> Explanation | None:
+        decision = self._controller.speculator.decisions.get(view.engine)
+        if decision is None:
+            return None
+        return Explanation(
+            engine=view.engine,
+            policy=policy,
+            running=view.running,
+            gammas=decision.gammas,
+            probing=decision.probing,
+            reason=decision.reason,
+            alpha=decision.alpha,
+            conditional=tuple(view.acceptance.conditional(k) for k in range(len(view.acceptance.trials))),
+            choices=tuple(Choice(choice.batch, choice.gamma, choice.speedups) for choice in decision.choices),
+            figures=dict(decision.figures),
+        )
 
     async def events(self, after: str, limit: int) -> tuple[Event, ...]:
         store = self._context.events

@@ -47,7 +47,7 @@ class Speculator:
     def _decide(
         self, view: EngineView, setting: PolicySetting, config: SpeculationConfig, now_s: float, *, watching: bool
     ) -> SpeculationDecision:
-        info = view.info
+        info, measured = view.info, view.told()
         before = self.problems.pop(view.engine, "")
         gamma_max = min(config.gamma_max, info.gamma_max)
         alpha = view.acceptance.alpha
@@ -58,14 +58,12 @@ class Speculator:
             return _constant(info, gamma, alpha, f"the operator set {setting.gamma} drafted tokens")
         if info.profile is None:
             return _constant(info, 0, alpha, "the engine has no latency profile: no speedup can be predicted")
-        steps, trials = view.told()
         seen = SpeculationObservation(
             now_s=now_s,
             version=view.version,
             profile=monotone(info.profile),
             acceptance=view.acceptance,
-            trials=trials,
-            steps=steps,
+            measured=measured,
             running=view.running,
             max_batch=info.max_batch,
             gamma_max=gamma_max,

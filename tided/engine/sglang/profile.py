@@ -6,6 +6,7 @@ drafting. The schedule is held at one gamma while requests of one batch size run
 
 import http.client
 import json
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -18,6 +19,7 @@ from tided.engine.sglang.steps import Schedule
 from tided.model.errors import Unavailable
 from tided.model.records import LatencyProfile
 
+SKIP_IDLE_DRAFT = "SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND"
 PROMPT_TOKENS = 128
 """Tokens that each request attends to while measured: about what a short chat holds."""
 STEPS = 6
@@ -82,7 +84,13 @@ def measure(
         target_s=tuple(statistics.median(target[n]) for n in sorted(target)),
         batches=tuple(sorted(draft)),
         draft_s=tuple(statistics.median(draft[b]) for b in sorted(draft)),
+        idle_drafts=0.0 if _draft_rests() else 1.0,
     )
+
+
+def _draft_rests() -> bool:
+    """Whether SGLang leaves the draft's forward out where nothing is drafted."""
+    return os.environ.get(SKIP_IDLE_DRAFT, "").lower() in ("1", "true", "yes", "y")
 
 
 def _run(

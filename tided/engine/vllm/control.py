@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tided.engine.agent import Counters
@@ -40,13 +41,14 @@ class VllmControl:
         url: str,
         target: TargetInfo,
         last_hidden: bool,
+        draft_rests: bool,
         faults: Faults,
     ) -> None:
         self._core, self._boundary = core, boundary
         self._schedule, self._counts = schedule, counts
         self._ranks, self._tap = ranks, tap
         self._engine, self._incarnation, self._url, self._target = engine, incarnation, url, target
-        self._last_hidden, self._faults = last_hidden, faults
+        self._last_hidden, self._draft_rests, self._faults = last_hidden, draft_rests, faults
         versions = {(rank.version, rank.vocab_id) for rank in ranks}
         self._version, self._vocab_id = versions.pop() if len(versions) == 1 else ("", "")
         self._swapping = threading.Lock()
@@ -125,16 +127,17 @@ class VllmControl:
         """Raises `Unavailable` while requests run, and when one comes meanwhile."""
         if not self._schedule.available:
             raise Refused("this engine cannot measure its profile: its schedule is fixed")
-        profile = self._boundary.call(
-            lambda: measure(self._core, self._schedule, self._counts, self._boundary.work_waits)
-        )
+        profile = self._boundary.call(lambda: self._measure(self._boundary.work_waits))
         self.profile = profile
         return profile
 
     def measure_at_start(self) -> None:
         """Before the first request, on the core's own thread."""
         if self._schedule.available:
-            self.profile = measure(self._core, self._schedule, self._counts, lambda: False)
+            self.profile = self._measure(lambda: False)
+
+    def _measure(self, interrupted: Callable[[], bool]) -> LatencyProfile:
+        return measure(self._core, self._schedule, self._counts, interrupted, draft_rests=self._draft_rests)
 
     def _stage(self, path: str, version: str) -> None:
         self._rpc(worker.stage, path, version)

@@ -85,6 +85,7 @@ class Session:
             url=settings.url,
             target=target,
             last_hidden=settings.plugin.last_hidden,
+            draft_rests=settings.skip_draft_after > 0 and all(rank.runner == "v1" for rank in ranks),
             faults=self.faults,
         )
         if schedule.available:

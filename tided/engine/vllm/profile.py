@@ -28,8 +28,13 @@ MAX_BATCH = 32
 _PREFILL_STEPS = 400
 
 
-def measure(core: Any, schedule: Schedule, counts: SchedulerCounts, interrupted: Callable[[], bool]) -> LatencyProfile:
-    """Medians of a few steps of each shape. Raises `Unavailable` when the engine is busy or, as `interrupted` says, gets work."""
+def measure(
+    core: Any, schedule: Schedule, counts: SchedulerCounts, interrupted: Callable[[], bool], *, draft_rests: bool
+) -> LatencyProfile:
+    """Medians of a few steps of each shape. Raises `Unavailable` when the engine is busy or, as `interrupted` says, gets work.
+
+    `draft_rests`: in service its forward is left out once nothing has been drafted for a few steps.
+    """
     if core.scheduler.has_requests():
         raise Unavailable("the engine is serving; a profile is measured only while nothing runs")
     gamma_max, max_batch = schedule.gamma_max, min(int(core.scheduler.max_num_running_reqs), MAX_BATCH)
@@ -53,6 +58,7 @@ def measure(core: Any, schedule: Schedule, counts: SchedulerCounts, interrupted:
         target_s=tuple(statistics.median(target_s[n]) for n in sorted(target_s)),
         batches=tuple(sorted(draft_s)),
         draft_s=tuple(statistics.median(draft_s[b]) for b in sorted(draft_s)),
+        idle_drafts=0.0 if draft_rests else 1.0,
     )
 
 

@@ -1,0 +1,44 @@
+"""What an engine's view tells the speculation policy: each count once, and nothing of another version."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.fake_plane import DIGESTS, INFO
+from tided.backends.guarded import AbsentBackend
+from tided.model.records import Observation, StepCounts, TapTotals
+from tided.policies.training import AcceptanceTrend
+from tided.services.monitor import MOST_UNTOLD, EngineView, Watch
+
+COUNTS = StepCounts(2, 1, 10, 0.5, (12, 8))
+REPORT = Observation("local", "local-1", 1, 0, INFO.version, 2, 0, (COUNTS,), (), TapTotals())
+
+
+def view() -> EngineView:
+    trend = AcceptanceTrend.start(4, 32, 0.05)
+    made = EngineView(INFO, AbsentBackend("local", ""), trend, Watch(4), 0.0)
+    made.restart(INFO.version)
+    return made
+
+
+def test_what_was_measured_is_told_once() -> None:
+    seen = view()
+    seen.take(REPORT, 1.0)
+    seen.take(REPORT, 1.5)
+    assert seen.told() == (COUNTS, COUNTS)
+    assert seen.told() == ()
+    assert seen.acceptance.alpha == pytest.approx(0.4)
+
+
+def test_another_versions_counts_are_not_told() -> None:
+    seen = view()
+    seen.take(REPORT, 1.0)
+    seen.take(replace(REPORT, version=DIGESTS[0]), 1.5)  # mixes both
+    assert seen.told() == ()
+
+
+def test_an_engine_that_no_policy_is_asked_about_does_not_fill_the_memory() -> None:
+    seen = view()
+    for number in range(2 * MOST_UNTOLD):
+        seen.take(REPORT, number / 2)
+    assert len(seen.told()) == MOST_UNTOLD

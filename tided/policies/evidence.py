@@ -1,0 +1,83 @@
+"""What the newest counts say, beside the longer memory of the monitor: has the traffic just moved, and has drafting paid lately?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import exp, sqrt
+
+from tided.model.records import LatencyProfile, StepCounts
+from tided.policies.base import SpeculationObservation
+from tided.policies.speedup import Acceptance, steps_s
+
+RECENT_TRIALS = 40.0
+"""Half-life of the short memory, in request-steps."""
+SURE = 3.0
+"""Standard errors by which short and long memory must differ before the short one is believed."""
+SPREAD = 2.0
+"""Variance of a few requests' acceptance over that of coin flips: steps of one request are alike."""
+MEMORY_S = 60.0
+"""Time constant with which the loss account forgets."""
+_RESUME = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A short memory of acceptance. A long one follows a jump of the traffic slowly; where the two surely differ, the short one holds.
+
+    Counts are summed before they are taken in, so their order within an observation makes no difference.
+    """
+
+    recent: Acceptance = field(default_factory=Acceptance)
+
+    def add(self, measured: Sequence[StepCounts]) -> "Evidence":
+        new = Acceptance.of(measured)
+        return Evidence(self.recent.faded(new.steps, RECENT_TRIALS).plus(new))
+
+    def best(self, long: Acceptance) -> Acceptance:
+        """`long`, or the short memory if they surely differ."""
+        short = self.recent
+        trials, many = sum(short.trials), sum(long.trials)
+        if long.alpha is None or short.alpha is None or trials >= many:
+            return long
+        # Of one mean: the long memory holds the short one's counts, too.
+        mean = min(max(long.alpha, 0.02), 0.98)
+        error = sqrt(SPREAD * mean * (1.0 - mean) * (1.0 / trials - 1.0 / many))
+        return short if abs(short.alpha - long.alpha) > SURE * error else long
+
+
+def lost_s(profile: LatencyProfile, measured: Sequence[StepCounts], max_batch: int, gamma_max: int) -> float:
+    """Seconds that drafting cost: what the steps should have taken, less what the same tokens take without drafting.
+
+    Negative where it gained. By the profile, so that other load on the machine is nobody's loss.
+    """
+    table, lost = steps_s(profile, max_batch, gamma_max), 0.0
+    for counts in measured:
+        if 0 < counts.gamma <= gamma_max and counts.batch <= max_batch:
+            times, emitted = table[counts.batch - 1], sum((k + 1) * n for k, n in enumerate(counts.accepted))
+            lost += counts.steps * times[counts.gamma] - emitted / counts.batch * times[0]
+    return lost
+
+
+@dataclass(frozen=True, slots=True)
+class LossAccount:
+    """Seconds lost to drafting in the last minute or so. Gains pay losses back, never in advance."""
+
+    balance_s: float = 0.0
+    at_s: float = 0.0
+
+    def add(self, now_s: float, seconds: float) -> "LossAccount":
+        kept = self.balance_s * exp(-max(now_s - self.at_s, 0.0) / MEMORY_S)
+        return LossAccount(max(kept + seconds, 0.0), now_s)
+
+    def overdrawn(self, most: float, *, already: bool) -> bool:
+        """Whether more than the share `most` of the last minute is lost; once it is, until a quarter of that is forgotten."""
+        return self.balance_s > most * MEMORY_S * (_RESUME if already else 1.0)
+
+
+def figures(seen: SpeculationObservation, evidence: Evidence, account: LossAccount) -> tuple[tuple[str, float], ...]:
+    """What both policies looked at, by name."""
+    alphas = (("alpha, long memory", seen.acceptance.alpha), ("alpha, newest steps", evidence.recent.alpha))
+    return (
+        *((name, alpha) for name, alpha in alphas if alpha is not None),
+        ("request-steps in long memory", seen.acceptance.steps),
+        ("seconds lost in the last minute", account.balance_s),
+    )
