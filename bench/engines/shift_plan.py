@@ -48,7 +48,6 @@ class Plan:
         default_factory=lambda: {
             "training": {"min_rows": 8000, "budget_s": 120.0, "cool_down_s": 5.0, "short_window": 24},
             "samples": {"held_out_fraction": 0.35, "shard_age_s": 4.0, "shard_rows": 2048},
-            "speculation": {"probe_every_s": 10.0},
         }
     )
 
