@@ -50,7 +50,7 @@ def request(draw: random.Random, alpha: float, spread: float = 0.15, temperature
 def served(draw: random.Random, alpha: float, requests: int) -> ServedClass:
     found = ServedClass()
     for at_ms in range(requests):
-        found.add(request(draw, alpha), at_ms)
+        found.add(request(draw, alpha), at_ms, captured=True)
     return found
 
 
@@ -102,7 +102,7 @@ def test_a_small_loss_is_no_fault_however_sure_and_takes_care_to_be_sound() -> N
         found = ServedClass()
         accepted = round(200 * could * share)
         for at_ms in range(WINDOW):
-            found.add(RequestStats(20, 201 + accepted, 200, 200 * GAMMA, accepted, "v", 0.7), at_ms)
+            found.add(RequestStats(20, 201 + accepted, 200, 200 * GAMMA, accepted, "v", 0.7), at_ms, captured=True)
         return compare(found, even).verdict
 
     shares = (1.0, 0.95, 0.9, 0.87, 0.83, 0.3)
@@ -123,24 +123,25 @@ def test_classes() -> None:
 def test_of_many_temperatures_the_first_are_told_apart_and_shares_follow_the_traffic() -> None:
     served = ServedClasses()
     stats = RequestStats(20, 60, 20, 80, 39, "v")
-    told = [served.add(replace(stats, temperature=n / 10), 1) for n in range(MAX_CLASSES + 2)]
+    told = [served.add(replace(stats, temperature=n / 10), 1, captured=True) for n in range(MAX_CLASSES + 2)]
     assert told == [*(n / 10 for n in range(MAX_CLASSES)), None, None]
-    assert served.add(stats, 1) is None
+    assert served.add(stats, 1, captured=True) is None
     for _ in range(2000):
-        served.add(replace(stats, temperature=0.3), 1)
+        served.add(replace(stats, temperature=0.3), 1, captured=True)
     shares = dict(served.mix())
     assert sum(shares.values()) == pytest.approx(1.0)
     assert shares[0.3] > 0.95
     assert len(served.classes[0.3].requests) == WINDOW
 
 
-def test_a_request_that_a_probe_grazed_is_not_judged() -> None:
+def test_a_request_that_a_probe_grazed_or_of_which_no_sample_is_is_not_judged() -> None:
     found = ServedClass()
-    found.add(RequestStats(20, 60, 16, 32, 4, "v", 0.7), 1)
-    found.add(RequestStats(20, 60, 0, 0, 0, "v", 0.7), 2)
-    assert (len(found.requests), found.since_ms, found.newest_ms) == (0, 0, 0)
-    found.add(RequestStats(20, 60, 20, 80, 39, "v", 0.7), 3)
-    found.add(RequestStats(20, 1, 1, 4, 0, "v", 0.7), 4)
+    found.add(RequestStats(20, 60, 16, 32, 4, "v", 0.7), 1, captured=True)
+    found.add(RequestStats(20, 60, 0, 0, 0, "v", 0.7), 2, captured=True)
+    found.add(RequestStats(20, 60, 20, 80, 39, "v", 0.7), 2, captured=False)
+    assert (len(found.requests), found.seen, found.since_ms, found.newest_ms) == (0, 3.0, 0, 0)
+    found.add(RequestStats(20, 60, 20, 80, 39, "v", 0.7), 3, captured=True)
+    found.add(RequestStats(20, 1, 1, 4, 0, "v", 0.7), 4, captured=True)
     assert (found.since_ms, found.newest_ms) == (3, 4)
 
 
@@ -154,3 +155,17 @@ def test_ratio() -> None:
     mean, error = ratio([1.0, 3.0], [2.0, 2.0])
     assert (mean, error) == (1.0, pytest.approx((2 * (1 + 1)) ** 0.5 / 4))
     assert ratio([1.0], [2.0]) == ratio([], []) == (0.0, 0.0)
+
+
+def test_temperatures_take_turns() -> None:
+    ripe = ServedClasses()
+    for temperature in (0.0, 0.7, 1.0):
+        for at_ms in range(MIN_REQUESTS):
+            ripe.add(RequestStats(20, 60, 20, 80, 39, "v", temperature), at_ms, captured=True)
+    turns, at = list[float | None](), -1.0
+    for _ in range(4):
+        at = ripe.next_ripe(at, 0)
+        assert at is not None
+        turns.append(at)
+    assert turns == [0.0, 0.7, 1.0, 0.0]
+    assert ripe.next_ripe(0.0, MIN_REQUESTS) is None

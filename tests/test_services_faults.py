@@ -39,6 +39,10 @@ class Scene:
     def samples(self, train: int = 20, held_out: int = 60, created_ms: int = NOW_MS + 1000) -> None:
         store_samples(self.control.context.config, self.target, ENGINE, train, held_out, created_ms)
 
+    async def captures(self) -> bool:
+        await self.control.cycle()
+        return ENGINE in self.control.controller.monitor.views and self.view.info.capturing
+
     async def scores(self) -> list[Job]:
         return [job for job in await self.control.context.jobs.list() if job.spec.kind is JobKind.SCORE]
 
@@ -96,15 +100,17 @@ async def scene(valkey: Valkey, tmp_path: Path, target: Path, draft: Path) -> As
     async with AsyncExitStack() as stack:
         control = await stack.enter_async_context(leading(valkey, settings(tmp_path, target, training=training)))
         engine = await stack.enter_async_context(running_double(valkey, describe_double(target, draft)))
-        await eventually(control.context.engines.list)
-        await control.cycle()
-        yield Scene(control, engine, target)
+        scene = Scene(control, engine, target)
+        await eventually(scene.captures)
+        yield scene
 
 
 async def test_a_fault_is_told_once_stays_a_warning_and_trains_nothing(scene: Scene) -> None:
-    await scene.served(0.25)
-    await scene.served(0.6, temperature=0.0)
     scene.samples()  # as many rows as a training needs
+    await scene.served(0.6, temperature=0.0)
+    await scene.judge(t00=0.6)
+    assert await scene.warnings() == []
+    await scene.served_now(0.25)
     await scene.judge(t00=0.6, t07=0.6)
     (event,) = await scene.control.events("engine-fault-suspected")
     assert event.subject == ENGINE

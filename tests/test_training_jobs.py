@@ -103,6 +103,17 @@ def test_score(spec: JobSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert result_of(lines).candidate == result_of(trained).incumbent
 
 
+def test_score_by_temperature(spec: JobSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, lines = run(replace(spec, kind=JobKind.SCORE, shards=(), mix=((0.0, 0.5), (1.0, 0.5))), tmp_path, capsys)
+    assert status == 0
+    candidate = result_of(lines).candidate
+    assert candidate is not None
+    (greedy,) = [score for score in candidate.sampling if sum(score.steps) > 1]
+    assert greedy.temperature == 0.0
+    assert greedy.conditional == pytest.approx(candidate.conditional, abs=0.02)
+    assert len(greedy.steps) == len(candidate.groups)
+
+
 def test_reference_is_what_transformers_computes(
     spec: JobSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

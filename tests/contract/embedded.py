@@ -22,6 +22,7 @@ class EmbeddedSubject:
     engine = "embedded"
     capabilities = frozenset(Capability)
     tolerance = 1e-4
+    temperatures = (0.0, 0.7)
     prefix_cache = False
     context = 400
 

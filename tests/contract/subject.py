@@ -53,6 +53,11 @@ class Subject(Protocol):
         ...
 
     @property
+    def temperatures(self) -> tuple[float, ...]:
+        """At which it can sample; 0.0 is greedy."""
+        ...
+
+    @property
     def prefix_cache(self) -> bool:
         """Whether the head of a prompt may lack rows, because it was computed for an earlier request."""
         ...

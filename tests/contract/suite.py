@@ -241,10 +241,17 @@ class BackendContract:
             # The last steps of a request may draft fewer: there is no room for more tokens.
             assert max(gammas[0] - 1, 0) * stats.spec_steps <= stats.drafted <= gammas[0] * stats.spec_steps
             assert stats.accepted <= stats.drafted
-            assert stats.temperature == 0.0
             assert (1, gammas[0]) in {(counts.batch, counts.gamma) for r in peer.observations() for counts in r.steps}
         await self._assert_refused(peer, SetSchedule((most + 1,)))
         await self._assert_refused(peer, SetSchedule(()))
+
+    async def test_a_report_tells_the_temperature(self, subject: Subject, peer: Peer, reference: Reference) -> None:
+        for round_, temperature in enumerate(subject.temperatures):
+            length = 80 + round_
+            (prompt,) = make_prompts(reference, 1, length, f"temperature {round_}")
+            await subject.complete(prompt, 8, temperature=temperature)
+            stats = await eventually(lambda n=length: self._finished(peer, n), PATIENCE_S)
+            assert stats.temperature == temperature
 
     def _finished(self, peer: Peer, prompt_tokens: int) -> RequestStats | None:
         """What was reported of the newest request of so many prompt tokens."""

@@ -29,6 +29,7 @@ class SdkSubject:
     engine = "sdk"
     capabilities = frozenset(Capability) - {Capability.SWAP_VOCABULARY}
     tolerance = 1e-4
+    temperatures = (0.0,)
     prefix_cache = False
     context = 400
 

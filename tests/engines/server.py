@@ -53,6 +53,7 @@ class EngineServer:
     kind: ClassVar[str]
     capabilities = frozenset(Capability)
     tolerance = 1e-4
+    temperatures = (0.0, 0.7)
     prefix_cache = True
     prefill_chunk = 64
 

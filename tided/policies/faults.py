@@ -49,11 +49,11 @@ class ServedClass:
     )
     seen: float = 0.0
 
-    def add(self, stats: RequestStats, at_ms: int) -> None:
-        """Take one in; to be judged, if it says something: see `WHOLE`."""
+    def add(self, stats: RequestStats, at_ms: int, captured: bool) -> None:
+        """Take one in; to be judged, if it says something (see `WHOLE`) and was among those that samples are of."""
         self.seen += 1.0
         steps = max(1, stats.output_tokens - 1 - stats.accepted)
-        if stats.drafted and stats.spec_steps >= WHOLE * steps:
+        if captured and stats.drafted and stats.spec_steps >= WHOLE * steps:
             self.requests.append((at_ms, stats))
 
     @property
@@ -75,15 +75,20 @@ class ServedClasses:
 
     classes: dict[float, ServedClass] = field(default_factory=dict[float, ServedClass])
 
-    def add(self, stats: RequestStats, at_ms: int) -> float | None:
-        """Count one in; the temperature that it counts for, or None."""
+    def add(self, stats: RequestStats, at_ms: int, captured: bool) -> float | None:
+        """Count one in; the temperature that it counts for, or None. `captured`: samples are taken of requests like it."""
         found = sampling_class(stats)
         if found is None or (found not in self.classes and len(self.classes) >= MAX_CLASSES):
             return None
         for served in self.classes.values():
             served.seen *= FADING
-        self.classes.setdefault(found, ServedClass()).add(stats, at_ms)
+        self.classes.setdefault(found, ServedClass()).add(stats, at_ms, captured)
         return found
+
+    def next_ripe(self, after: float, since_ms: int) -> float | None:
+        """The next temperature above `after`, else from the lowest on, of which enough was served and something after `since_ms`."""
+        ripe = [at for at, served in self.classes.items() if served.enough and served.newest_ms > since_ms]
+        return min(ripe, key=lambda temperature: (temperature <= after, temperature), default=None)
 
     def mix(self) -> tuple[tuple[float, float], ...]:
         """(temperature, share of the requests of late), by temperature."""

@@ -2,9 +2,9 @@
 
 Acceptance falls with the traffic, which training mends, and with a fault of the engine, which it cannot: a wrong layer, a swap half
 applied, a sampler that throws accepted tokens away. When enough requests of a temperature have been served, a worker scores the draft
-that serves on what was captured of them, at that temperature, at most every `training.fault_check_s`. What contradicts the score is
-announced once and stays a warning until it agrees again; while it stands no training begins of itself. Engines that do not tell
-temperatures, or whose samples lack the last hidden state, cannot be judged.
+that serves on what was captured of them, one temperature after the other, at most every `training.fault_check_s`. What contradicts
+the score is announced once and stays a warning until it agrees again; while it stands no training begins of itself. Engines that do
+not tell temperatures, or whose samples lack the last hidden state, cannot be judged.
 """
 
 from dataclasses import dataclass, replace
@@ -28,11 +28,13 @@ MAX_ATTEMPTS = 2
 
 @dataclass(frozen=True, slots=True)
 class FaultCheck:
-    """What is known of one engine's draft. `job`: the score under way. `suspected`: by temperature, as last judged."""
+    """What is known of one engine's draft. `job`: the score under way. `temperature`: of the newest score that was asked for.
+    `suspected`: by temperature, as last judged."""
 
     incarnation: str = ""
     version: str = ""
     job: str = ""
+    temperature: float = -1.0
     asked_ms: int = 0
     suspected: tuple[Comparison, ...] = ()
 
@@ -57,8 +59,9 @@ class FaultWatch:
             check = FaultCheck(view.info.incarnation, view.version)
         if check.job:
             check = await self._scored(view, check, now_ms)
-        elif spec := await self._due(view, target, check, now_ms):
-            check = replace(check, job=new_id("job"), asked_ms=now_ms)
+        elif due := await self._due(view, target, check, now_ms):
+            temperature, spec = due
+            check = replace(check, job=new_id("job"), temperature=temperature, asked_ms=now_ms)
             # The id first: a leader that goes on from here waits for this very job, or asks anew when it never came to be.
             await context.state.put(STATE, view.engine, check, context.leadership.require())
             failpoints.hit("faults.submitting")
@@ -68,18 +71,20 @@ class FaultWatch:
         self.warnings[view.engine] = _warning(view, check.suspected)
         return self.warnings[view.engine]
 
-    async def _due(self, view: EngineView, target: Target, check: FaultCheck, now_ms: int) -> JobSpec | None:
-        """The score to ask for, if one is due and could say something."""
+    async def _due(
+        self, view: EngineView, target: Target, check: FaultCheck, now_ms: int
+    ) -> tuple[float, JobSpec] | None:
+        """The temperature and the score to ask for, if one is due and could say something."""
         context = self._context
         every_ms = context.training_for(target.info.digest).fault_check_s * 1000
-        ripe = [
-            served for served in view.served.classes.values() if served.enough and served.newest_ms > check.asked_ms
-        ]
-        if not every_ms or now_ms - check.asked_ms < every_ms or not ripe:
+        if not every_ms or now_ms - check.asked_ms < every_ms:
             return None
         if not {Capability.TAP, Capability.LAST_HIDDEN} <= set(view.info.capabilities):
             return None
-        since_ms = min(served.since_ms for served in ripe)
+        temperature = view.served.next_ripe(check.temperature, check.asked_ms)
+        if temperature is None:
+            return None
+        since_ms = view.served.classes[temperature].since_ms
         shards = await anyio.to_thread.run_sync(self._held_out, target.info.digest, view.engine, since_ms)
         if sum(shard.runs for shard in shards) < MIN_PROMPTS or sum(s.scored for s in shards) < MIN_SCORED_STEPS:
             return None
@@ -87,7 +92,7 @@ class FaultWatch:
             draft = await anyio.to_thread.run_sync(context.drafts.get, view.version)
         except Refused:
             return None
-        return JobSpec(
+        return temperature, JobSpec(
             kind=JobKind.SCORE,
             engine=view.engine,
             target=target.info.digest,
@@ -102,14 +107,9 @@ class FaultWatch:
         )
 
     def _held_out(self, target: str, engine: str, since_ms: int) -> list[Shard]:
-        """The engine's own held-out shards since then, newest first, as many as are scored at once."""
-        chosen: list[Shard] = []
-        for shard in reversed(self._context.samples.shards(Split.HELD_OUT, target, engine)):
-            if shard.created_ms < since_ms or sum(s.scored for s in chosen) >= SCORED_TOKENS:
-                break
-            if shard.has_last:
-                chosen.append(shard)
-        return chosen
+        """The engine's own held-out shards since then: all, for the requests that are judged are from all of that time."""
+        shards = self._context.samples.shards(Split.HELD_OUT, target, engine)
+        return [shard for shard in shards if shard.created_ms >= since_ms and shard.has_last]
 
     async def _scored(self, view: EngineView, check: FaultCheck, now_ms: int) -> FaultCheck:
         """Judge by the score, if it is there."""
@@ -119,16 +119,15 @@ class FaultWatch:
         done = replace(check, job="")
         if job is None or job.state is not JobState.SUCCEEDED or job.result is None:
             return done
-        judged = _compared(view, job.result)
-        stood = {suspect.temperature: suspect for suspect in check.suspected}
-        for comparison in judged:
-            if comparison.verdict is Verdict.FAULT:
-                if comparison.temperature not in stood:
-                    await self._announce("engine-fault-suspected", view, comparison)
-                stood[comparison.temperature] = comparison
-            elif comparison.verdict is Verdict.SOUND and stood.pop(comparison.temperature, None) is not None:
-                await self._announce("engine-fault-cleared", view, comparison)
-        return replace(done, suspected=tuple(stood[temperature] for temperature in sorted(stood)))
+        found = _compared(view, check.temperature, job.result)
+        suspected = {comparison.temperature: comparison for comparison in check.suspected}
+        if found is not None and found.verdict is Verdict.FAULT:
+            if found.temperature not in suspected:
+                await self._announce("engine-fault-suspected", view, found)
+            suspected[found.temperature] = found
+        elif found is not None and found.verdict is Verdict.SOUND and suspected.pop(found.temperature, None):
+            await self._announce("engine-fault-cleared", view, found)
+        return replace(done, suspected=tuple(suspected[temperature] for temperature in sorted(suspected)))
 
     async def _announce(self, kind: str, view: EngineView, found: Comparison) -> None:
         figures = {"served": round(found.served, 3), "scored": round(found.scored, 3), "error": round(found.error, 4)}
@@ -139,10 +138,11 @@ class FaultWatch:
         )
 
 
-def _compared(view: EngineView, result: JobResult) -> list[Comparison]:
+def _compared(view: EngineView, temperature: float, result: JobResult) -> Comparison | None:
+    served = view.served.classes.get(temperature)
     scores = result.candidate.sampling if result.candidate is not None else ()
-    served = view.served.classes
-    return [compare(served[score.temperature], score) for score in scores if score.temperature in served]
+    score = next((score for score in scores if score.temperature == temperature), None)
+    return compare(served, score) if served is not None and score is not None else None
 
 
 def _warning(view: EngineView, suspected: tuple[Comparison, ...]) -> str:

@@ -140,7 +140,7 @@ class EngineView:
         for stats in observation.requests:
             self.watch.add(stats)
             if stats.version == self.version:
-                found = self.served.add(stats, observation.at_ms)
+                found = self.served.add(stats, observation.at_ms, self.info.capturing)
                 self.trends[found] = self.trends.get(found, self.fresh_trend).add(stats)
 
     def restart(self, version: str) -> None:
