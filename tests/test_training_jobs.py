@@ -24,8 +24,9 @@ from tided.model.codec import from_plain, to_plain
 from tided.model.errors import Refused
 from tided.model.records import JobKind, JobResult, JobSpec, Progress, Recipe
 from tided.training.__main__ import EXIT_REFUSED, main
-from tided.training.data import mix, read_shard, split_validation
+from tided.training.data import mix, read_runs, read_shard, split_validation
 from tided.training.options import options_for
+from tided.training.trainer import drawn
 
 HIDDEN = 48
 
@@ -112,6 +113,17 @@ def test_score_by_temperature(spec: JobSpec, tmp_path: Path, capsys: pytest.Capt
     assert greedy.temperature == 0.0
     assert greedy.conditional == pytest.approx(candidate.conditional, abs=0.02)
     assert len(greedy.steps) == len(candidate.groups)
+
+
+def test_a_prompt_that_comes_often_does_not_fill_a_score(spec: JobSpec) -> None:
+    runs = read_runs(spec.held_out, HIDDEN, VOCAB)
+    often = [*([runs[0]] * 12), *runs[1:]]
+    tokens = 10 * len(runs[0].queries(1))
+    found = drawn(often, tokens)
+    assert 10 <= len(found) <= 12
+    assert found == drawn(often, tokens)
+    assert len({run.group for run in drawn(often, 10**6)}) == len({run.group for run in runs})
+    assert len({run.group for run in found}) > 3
 
 
 def test_reference_is_what_transformers_computes(

@@ -3,6 +3,7 @@
 The gate's held-out requests are only touched to score parent and child, by the same code on the same requests.
 """
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -71,7 +72,11 @@ def train(spec: JobSpec, out_dir: Path, report: Report) -> JobResult:
 
 
 def score(spec: JobSpec, report: Report) -> JobResult:
-    """Run a score job: `candidate` is the evaluation of the job's draft on its held-out shards, `chains` what its groups must give."""
+    """Run a score job: `candidate` is the evaluation of the job's draft on its held-out shards, `chains` what its groups must give.
+
+    With a `mix` it is about what is served, not about this draft against another: then no prompt is taken before any other, and the
+    answers to one that came often are not all taken.
+    """
     started = time.monotonic()
     options = options_for(spec.recipe, spec.options)
     torch.set_num_threads(options.threads)
@@ -79,7 +84,7 @@ def score(spec: JobSpec, report: Report) -> JobResult:
     runs = read_runs(spec.held_out, draft.config.hidden, draft.config.vocab, spec.target)
     if spec.groups:
         runs = [run for run in runs if run.group.hex() in spec.groups]
-    held_out = bounded(runs, options.held_out_tokens)
+    held_out = (drawn if spec.mix else bounded)(runs, options.held_out_tokens)
     report(Progress(0.0, "scoring"))
     frozen = Frozen.read(Path(spec.target_dir), draft, options.device)
     evaluation = _score(draft, held_out, frozen, spec.gamma, options)
@@ -108,8 +113,17 @@ def _score(source: Checkpoint, runs: Sequence[Run], frozen: Frozen, gamma: int, 
 
 def bounded(runs: Sequence[Run], tokens: int) -> list[Run]:
     """Whole prompts up to `tokens` in all, the same ones for the same runs: in the order of their groups, which are hashes."""
+    return _up_to(sorted(runs, key=lambda run: (run.group, run.first_position)), tokens)
+
+
+def drawn(runs: Sequence[Run], tokens: int) -> list[Run]:
+    """Runs up to `tokens` in all, drawn from all of them alike; the same ones for the same runs."""
+    return _up_to(random.Random(0).sample(runs, len(runs)), tokens)
+
+
+def _up_to(runs: Sequence[Run], tokens: int) -> list[Run]:
     chosen: list[Run] = []
-    for run in sorted(runs, key=lambda run: (run.group, run.first_position)):
+    for run in runs:
         if tokens <= 0:
             break
         chosen.append(run)
