@@ -39,6 +39,11 @@ class Scene:
     def samples(self, train: int = 20, held_out: int = 60, created_ms: int = NOW_MS + 1000) -> None:
         store_samples(self.control.context.config, self.target, ENGINE, train, held_out, created_ms)
 
+    def switch_off(self) -> None:
+        config = self.control.context.config
+        training = config.training.model_copy(update={"fault_check_s": 0.0})
+        self.control.context.config = config.model_copy(update={"training": training})
+
     async def captures(self) -> bool:
         await self.control.cycle()
         return ENGINE in self.control.controller.monitor.views and self.view.info.capturing
@@ -207,9 +212,7 @@ async def test_nothing_is_scored_that_could_say_nothing(scene: Scene, lacking: s
         others = tuple(set(Capability) - {Capability.LAST_HIDDEN})
         scene.engine.info = replace(scene.engine.info, capabilities=others)
     if lacking == "switched_off":
-        config = scene.control.context.config
-        training = config.training.model_copy(update={"fault_check_s": 0.0})
-        scene.control.context.config = config.model_copy(update={"training": training})
+        scene.switch_off()
     scene.samples(train=1, held_out=4 if lacking == "held_out" else 60)
     await scene.served(0.25, 8 if lacking == "requests" else WINDOW, None if lacking == "temperature" else 0.7)
     for _ in range(3):
@@ -241,12 +244,32 @@ async def test_another_version_or_another_life_begins_without_suspicion(scene: S
     await eventually(clear)
 
 
+async def test_what_is_hardly_served_any_more_keeps_nothing_from_training(scene: Scene) -> None:
+    scene.samples(train=1)
+    await scene.served(0.25)
+    await scene.judge(t07=0.6)
+    assert await scene.warnings()
+    for _ in range(10):
+        await scene.served(0.6, WINDOW, temperature=0.0)
+    assert await scene.warnings() == []
+
+
+async def test_whoever_switches_the_check_off_is_heard(scene: Scene) -> None:
+    scene.samples(train=1)
+    await scene.served(0.25)
+    await scene.judge(t07=0.6)
+    assert await scene.warnings()
+    scene.switch_off()
+    await scene.control.cycle()
+    assert await scene.warnings() == []
+
+
 def test_what_to_look_at_is_named() -> None:
     def told(kind: str, temperature: float, served: float, likeliest: float) -> str:
         return describe(kind, Comparison(temperature, served, 2.2, likeliest, 0.02, 99, 20, Verdict.FAULT))
 
     assert '"draft_sample_method": "probabilistic"' in told("vllm", 0.7, 1.8, 1.81)
     assert "drafts its likeliest token" in told("redis", 0.7, 1.8, 1.81)
-    assert "issue 55005" in told("vllm", 0.7, 1.3, 1.9)
+    assert "TIDED_MEND_SAMPLING" in told("vllm", 0.7, 1.3, 1.9)
     assert "draft_sample_method" not in told("vllm", 0.7, 1.3, 1.9)
     assert "layer ids" in told("vllm", 0.0, 1.3, 2.2)

@@ -24,6 +24,8 @@ STATE = "fault"
 SCORED_TOKENS = 4_000
 """Tokens that a check scores at most: seconds of one core, for it needs the target's whole head."""
 MAX_ATTEMPTS = 2
+RARE = 0.01
+"""Share of the requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,30 +57,27 @@ class FaultWatch:
         context = self._context
         before = await context.state.get(FaultCheck, STATE, view.engine) or FaultCheck()
         check = before
-        if (check.incarnation, check.version) != (view.info.incarnation, view.version):
+        every_ms = context.training_for(target.info.digest).fault_check_s * 1000
+        if not every_ms or (check.incarnation, check.version) != (view.info.incarnation, view.version):
             check = FaultCheck(view.info.incarnation, view.version)
         if check.job:
-            check = await self._scored(view, check, now_ms)
-        elif due := await self._due(view, target, check, now_ms):
+            check = await self._scored(view, check)
+        elif every_ms and now_ms - check.asked_ms >= every_ms and (due := await self._due(view, target, check)):
             temperature, spec = due
             check = replace(check, job=new_id("job"), temperature=temperature, asked_ms=now_ms)
             # The id first: a leader that goes on from here waits for this very job, or asks anew when it never came to be.
             await context.state.put(STATE, view.engine, check, context.leadership.require())
             failpoints.hit("faults.submitting")
             await context.jobs.submit(spec, context.leadership.require(), MAX_ATTEMPTS, check.job)
+        check = replace(check, suspected=_not_rare(view, check.suspected))
         if check != before:
             await context.state.put(STATE, view.engine, check, context.leadership.require())
         self.warnings[view.engine] = _warning(view, check.suspected)
         return self.warnings[view.engine]
 
-    async def _due(
-        self, view: EngineView, target: Target, check: FaultCheck, now_ms: int
-    ) -> tuple[float, JobSpec] | None:
-        """The temperature and the score to ask for, if one is due and could say something."""
+    async def _due(self, view: EngineView, target: Target, check: FaultCheck) -> tuple[float, JobSpec] | None:
+        """The temperature and the score to ask for, if one could say something."""
         context = self._context
-        every_ms = context.training_for(target.info.digest).fault_check_s * 1000
-        if not every_ms or now_ms - check.asked_ms < every_ms:
-            return None
         if not {Capability.TAP, Capability.LAST_HIDDEN} <= set(view.info.capabilities):
             return None
         temperature = view.served.next_ripe(check.temperature, check.asked_ms)
@@ -111,7 +110,7 @@ class FaultWatch:
         shards = self._context.samples.shards(Split.HELD_OUT, target, engine)
         return [shard for shard in shards if shard.created_ms >= since_ms and shard.has_last]
 
-    async def _scored(self, view: EngineView, check: FaultCheck, now_ms: int) -> FaultCheck:
+    async def _scored(self, view: EngineView, check: FaultCheck) -> FaultCheck:
         """Judge by the score, if it is there."""
         job = await self._context.jobs.get(check.job)
         if job is not None and not job.state.final:
@@ -145,6 +144,12 @@ def _compared(view: EngineView, temperature: float, result: JobResult) -> Compar
     return compare(served, score) if served is not None and score is not None else None
 
 
+def _not_rare(view: EngineView, suspected: tuple[Comparison, ...]) -> tuple[Comparison, ...]:
+    """What is suspected of a temperature that is hardly served any more cannot be judged again, and keeps nothing from training."""
+    rare = {temperature for temperature, share in view.served.mix() if share < RARE}
+    return tuple(comparison for comparison in suspected if comparison.temperature not in rare)
+
+
 def _warning(view: EngineView, suspected: tuple[Comparison, ...]) -> str:
     if not suspected:
         return ""
@@ -169,5 +174,5 @@ def _suspect(kind: str, found: Comparison) -> str:
         option = ' ("draft_sample_method": "probabilistic" in --speculative-config)' if kind == "vllm" else ""
         return f"the engine drafts its likeliest token instead of a sampled one; let it sample{option}"
     cause = "how the engine verifies sampled requests (temperature, top-k, uniform draws), not the traffic"
-    known = "; vLLM on a processor loses their temperature (issue 55005)" if kind == "vllm" else ""
+    known = "; vLLM on a processor loses their temperature: TIDED_MEND_SAMPLING" if kind == "vllm" else ""
     return f"less than even greedy drafting would give ({found.likeliest:.2f}): suspect {cause}{known}"
