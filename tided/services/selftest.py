@@ -58,6 +58,8 @@ from tided.store.samples import Run, Split, read_runs
 STATE = "verification"
 PROBE_GAMMAS = (2, 3, 1)
 """Probes are drafted for, so that verification steps are tapped too; the first number that the engine takes."""
+BUSY = 4
+"""With more requests than this at once a step is bound by its arithmetic, and all of them are drafted for meanwhile: few tokens first."""
 LISTENED_ROWS = 64
 SWEEP_EVERY_S = 5.0
 
@@ -266,7 +268,7 @@ class SelfTest:
             return drafted.pop()
         if Capability.SCHEDULE not in info.capabilities or not info.version:
             return 0
-        for gamma in PROBE_GAMMAS:
+        for gamma in sorted(PROBE_GAMMAS) if view.running > BUSY else PROBE_GAMMAS:
             if gamma <= info.gamma_max:
                 try:
                     await view.backend.set_schedule((gamma,), epoch)
