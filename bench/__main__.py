@@ -12,6 +12,7 @@ ENGINES = (
     "engines.tap",
     "engines.tap sglang",
     "engines.cost",
+    "engines.temperature",
     "engines.swaps",
     "engines.swaps sglang",
     "engines.shift",

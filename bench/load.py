@@ -81,15 +81,16 @@ async def ask(
     headers: Mapping[str, str] | None = None,
     ignore_eos: bool = False,
     token_ids: bool = False,
+    temperature: float = 0.0,
 ) -> Answer:
-    """One greedy streamed request. Never raises for what the server or the network did: it is in `Answer.error`.
+    """One streamed request, greedy without a `temperature`. Never raises for what server or network did: it is in `Answer.error`.
 
     `token_ids` asks for the ids of the answer's tokens, which vLLM and our engine give as `choices[0].token_ids`.
     """
     body: dict[str, Any] = {
         "messages": prompt.messages,
         "max_tokens": prompt.max_tokens,
-        "temperature": 0,
+        "temperature": temperature,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
