@@ -13,11 +13,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.tiny import VOCAB, make_target
+from tests.shards import Sample, greedy_samples, prompts, write_shard
+from tests.tiny import VOCAB, make_draft, make_target
 from tided.api.client import Client
-from tided.model.records import Check, CheckOutcome, Event, VerificationState
+from tided.model.records import Check, CheckOutcome, Event, JobKind, JobSpec, VerificationState
 from tided.model.status import EngineStatus
 from tided.services import acceptance
+from tided.training.trainer import train
 
 TEMPLATES = ("add {} and {} please", "write {} then {} now", "is {} more than {}?", "list {} of {} items")
 CLIENTS = 4
@@ -78,6 +80,26 @@ def make_cyclic_target(path: Path, **heads: int) -> Path:
                 weight *= 0.02
     model.save_pretrained(path)
     return path
+
+
+def train_draft(root: Path, gamma: int, answer: int = 12) -> tuple[JobSpec, str, list[Sample]]:
+    """A draft of the cyclic target, trained in seconds: its job, where it is staged, and samples that it has not seen."""
+    target = make_cyclic_target(root / "tiny")
+    samples = greedy_samples(target, prompts(40, VOCAB), answer)
+    unseen, seen = samples[:3], samples[3:]
+    spec = JobSpec(
+        kind=JobKind.TRAIN,
+        engine="e",
+        target="t",
+        target_dir=str(target),
+        draft_dir=str(make_draft(target, root / "0", draft_vocab=64)),
+        shards=(str(write_shard(root / "seen.safetensors", seen)),),
+        held_out=(str(write_shard(root / "unseen.safetensors", unseen)),),
+        budget_s=60.0,
+        gamma=gamma,
+        options={"batch_tokens": 32, "validation_share": 0.2, "passes": 12},
+    )
+    return spec, train(spec, root / "out", lambda _: None).staged, unseen
 
 
 def make_prompts(count: int, seed: int) -> list[str]:
