@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.contract.peer import Array
-from tests.loop import make_cyclic_target
-from tests.shards import Sample, greedy_samples, prompts, write_shard
-from tests.tiny import VOCAB, make_draft
+from tests.loop import train_draft
+from tests.shards import Sample, write_shard
 from tided.draft import checkpoint
 from tided.draft.eagle3 import Eagle3
 from tided.model.records import Chain, CheckOutcome, DraftFault, JobKind, JobSpec, RequestStats
@@ -22,7 +21,7 @@ from tided.training.chains import bounds
 from tided.training.data import read_runs, whole_packs
 from tided.training.evaluate import chains
 from tided.training.losses import Frozen
-from tided.training.trainer import score, train
+from tided.training.trainer import score
 
 GAMMA = 3
 ANSWER = 12
@@ -85,25 +84,9 @@ class Scene:
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     root = tmp_path_factory.mktemp("acceptance")
-    target = make_cyclic_target(root / "target")
-    samples = greedy_samples(target, prompts(40, VOCAB), ANSWER)
-    probes = samples[:3]
-    first = make_draft(target, root / "0", draft_vocab=64)
-    spec = JobSpec(
-        kind=JobKind.TRAIN,
-        engine="e",
-        target="t",
-        target_dir=str(target),
-        draft_dir=str(first),
-        shards=(str(write_shard(root / "train.safetensors", samples[3:])),),
-        held_out=(str(write_shard(root / "probes.safetensors", probes)),),
-        budget_s=60.0,
-        gamma=GAMMA,
-        options={"batch_tokens": 32, "validation_share": 0.2, "passes": 12},
-    )
-    trained = train(spec, root / "out", lambda _: None)
+    spec, staged, probes = train_draft(root, GAMMA, ANSWER)
     groups = tuple(sample.group.hex() for sample in probes)
-    asked = replace(spec, kind=JobKind.SCORE, draft_dir=trained.staged, groups=groups, previous_dir=str(first))
+    asked = replace(spec, kind=JobKind.SCORE, draft_dir=staged, groups=groups, previous_dir=spec.draft_dir)
     return Scene(asked, tuple(probes), groups, score(asked, lambda _: None).chains)
 
 

@@ -99,7 +99,7 @@ async def test_two_of_three_engines_share_everything_but_their_schedule(tmp_path
     assert odd.training.rows > 0
 
 
-def two_clients(port: int, number: int, failures: list[str]) -> AbstractAsyncContextManager[None]:
+def two_clients(port: int, number: int, failures: list[str]) -> AbstractAsyncContextManager[object]:
     """Traffic of one engine whose prompts no other `number` gives."""
     return traffic(f"http://127.0.0.1:{port}", failures, (10 * number, 10 * number + 1))
 

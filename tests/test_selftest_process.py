@@ -1,52 +1,63 @@
-"""An engine that taps a wrong layer, real processes: it fails closed with the cause named, and serves on."""
+"""Engines with a fault, real processes: a wrong layer tapped, a draft used wrongly. They fail closed with the cause named, and serve on."""
 
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from bench.configs import free_port, write_config
 from tests.ctl_run import tidectl_at
+from tests.loop import FIRST, train_draft
 from tests.support import eventually
 from tests.tiny import make_target
 from tided.api.client import Client
+from tided.config import Config
+from tided.draft import checkpoint
+from tided.draft.target import describe
 from tided.local import LocalStack, services
 from tided.model.errors import Refused
-from tided.model.records import VerificationState
+from tided.model.records import CheckOutcome, DraftOrigin, VerificationState
 from tided.model.status import EngineStatus
+from tided.services import acceptance
+from tided.store.drafts import DraftStore
 from tided.store.samples import SampleStore, Split
 
 pytestmark = pytest.mark.real
 
 
+def configure(root: Path, target: Path) -> tuple[Path, Config]:
+    path = root / "config.toml"
+    sections: dict[str, dict[str, Any]] = {
+        "daemon": {"state_dir": str(root / "s"), "cycle_s": 0.2, "lease_ttl_s": 30.0},
+        "target": {"path": str(target)},
+        "engine": {"port": free_port(), "dtype": "float32", "max_context": 160, "report_interval_s": 0.2},
+        "self_test": {"probe_timeout_s": 300.0, "reference_wait_s": 600.0},
+        "training": {"draft_vocab": 64},
+    }
+    return path, write_config(path, sections)
+
+
+async def judged(client: Client) -> EngineStatus | None:
+    """The engine's status once there is a verdict, and capture is off again."""
+    engines = (await asyncio.to_thread(client.status)).engines
+    verdict = engines[0].verification if engines else None
+    settled = verdict is not None and verdict.state is not VerificationState.PENDING
+    return engines[0] if settled and not engines[0].info.capturing else None
+
+
 async def test_a_wrong_layer_fails_closed_and_serving_goes_on(tmp_path: Path) -> None:
     target = make_target(tmp_path / "tiny")
-    path = tmp_path / "config.toml"
-    config = write_config(
-        path,
-        {
-            "daemon": {"state_dir": str(tmp_path / "s"), "cycle_s": 0.2, "lease_ttl_s": 30.0},
-            "target": {"path": str(target)},
-            "engine": {"port": free_port(), "dtype": "float32", "max_context": 160, "report_interval_s": 0.2},
-            "self_test": {"probe_timeout_s": 300.0, "reference_wait_s": 600.0},
-            "training": {"draft_vocab": 64},
-        },
-    )
+    path, config = configure(tmp_path, target)
     client = Client(config.daemon.socket_path, timeout_s=60)
-
-    async def judged() -> EngineStatus | None:
-        engines = (await asyncio.to_thread(client.status)).engines
-        verdict = engines[0].verification if engines else None
-        settled = verdict is not None and verdict.state is not VerificationState.PENDING
-        return engines[0] if settled and not engines[0].info.capturing else None
-
     async with LocalStack(tmp_path / "logs") as stack:
         for service in services(path, config):
             faulty = replace(service, module="tests.wrong_layer_engine") if service.name == "engine" else service
             await stack.start(faulty)
-        engine = await eventually(judged, timeout_s=300, poll_s=0.2)
+        engine = await eventually(lambda: judged(client), timeout_s=300, poll_s=0.2)
         assert engine.verification is not None
         assert engine.verification.state is VerificationState.MISMATCH
         assert "those before layer 2 are those before layer 3" in engine.verification.reason
@@ -77,6 +88,43 @@ async def test_a_wrong_layer_fails_closed_and_serving_goes_on(tmp_path: Path) ->
             return 0 < totals.tapped == totals.stored == store.ledger().tested
 
         await eventually(balanced, timeout_s=120, poll_s=0.2)
+
+
+def without_special_tokens(draft: Path, to: Path) -> Path:
+    """The same draft over other target ids, so that its own ids are none of theirs."""
+    loaded = checkpoint.load(draft)
+    before = checkpoint.target_ids(loaded.tensors["d2t"])
+    absent = sorted(set(range(loaded.config.vocab)) - set(before.tolist()))
+    after = np.sort(np.concatenate((before[before >= FIRST], absent[: int((before < FIRST).sum())])))
+    known = np.zeros(loaded.config.vocab, loaded.tensors["t2d"].dtype)
+    known[after] = True
+    head = np.zeros_like(loaded.tensors["lm_head.weight"])
+    kept = np.isin(after, before)
+    head[kept] = loaded.tensors["lm_head.weight"][np.isin(before, after)]
+    tensors = {"d2t": after - np.arange(len(after)), "t2d": known, "lm_head.weight": head}
+    checkpoint.write(to, loaded.config, loaded.tensors | tensors)
+    return to
+
+
+async def test_a_draft_whose_vocabulary_map_is_not_applied_fails_closed(tmp_path: Path) -> None:
+    """It boots on a trained draft of the store and taps rightly: only what it accepts shows the fault."""
+    spec, staged, _ = await asyncio.to_thread(train_draft, tmp_path, 2)
+    target, draft = Path(spec.target_dir), without_special_tokens(Path(staged), tmp_path / "draft")
+    path, config = configure(tmp_path, target)
+    store, info = DraftStore(config.drafts_dir), describe(target)
+    store.add(draft, lineage="tiny", parent="", origin=DraftOrigin.IMPORTED, target=info, now_ms=1)
+    client = Client(config.daemon.socket_path, timeout_s=60)
+    async with LocalStack(tmp_path / "logs") as stack:
+        for service in services(path, config):
+            arguments = (*service.arguments, "--draft", str(draft))
+            faulty = replace(service, module="tests.wrong_draft_engine", arguments=arguments)
+            await stack.start(faulty if service.name == "engine" else service)
+        engine = await eventually(lambda: judged(client), timeout_s=300, poll_s=0.2)
+    verdict = engine.verification
+    assert verdict is not None
+    assert verdict.state is VerificationState.MISMATCH
+    assert [check.name for check in verdict.checks if check.outcome is CheckOutcome.FAILED] == [acceptance.NAME]
+    assert "the vocabulary map is not applied" in verdict.reason
 
 
 async def metrics(client: Client) -> str:

@@ -23,7 +23,6 @@ from tests.loop import (
     drafting,
     event,
     make_cyclic_target,
-    make_prompts,
     sections,
     shown,
     traffic,
@@ -40,6 +39,7 @@ from tided.store.samples import SampleStore
 pytestmark = pytest.mark.real
 
 PATIENCE_S = 300.0
+ASKED_AGAIN = 16
 
 
 class ProfiledSglang(SglangServer):
@@ -66,7 +66,6 @@ async def test_the_loop_closes(engine: type[EngineServer], tmp_path: Path) -> No
     server = engine(config, None, tmp_path / f"{engine.kind}.log")
     client = Client(config.daemon.socket_path, timeout_s=60)
     failures: list[str] = []
-    asked = make_prompts(8, seed=999)
     async with contextlib.AsyncExitStack() as ending:
         stack = await ending.enter_async_context(LocalStack(tmp_path / "logs"))
         ending.callback(server.kill)
@@ -77,19 +76,20 @@ async def test_the_loop_closes(engine: type[EngineServer], tmp_path: Path) -> No
         await boot
         http = await ending.enter_async_context(httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S))
         first = await eventually(lambda: ready(client), PATIENCE_S, 0.25)
-        before = [await complete(http, prompt) for prompt in asked]
-        async with traffic(server.url, failures):
+        async with traffic(server.url, failures) as answers:
             live = await eventually(lambda: event(client, "draft-live"), PATIENCE_S, 0.25)
             await eventually(lambda: accepting(client), PATIENCE_S, 0.25)
             served = await eventually(lambda: drafting(client), PATIENCE_S, 0.25)
-        after = [await complete(http, prompt) for prompt in asked]
+        sampled = list(answers)[:: max(1, len(answers) // ASKED_AGAIN)]
+        changed = [prompt for prompt in sampled if await complete(http, prompt) != answers[prompt]]
         account = await eventually(lambda: drained(client, config), PATIENCE_S, 0.25)
         events = await asyncio.to_thread(client.events, "0", 1000)
         await asyncio.to_thread(server.stop)
 
     new = live.data["version"]
     assert failures == []
-    assert before == after, "greedy answers changed with speculation or the swap"
+    assert len(sampled) >= ASKED_AGAIN
+    assert changed == [], "greedy answers from before speculation, or from around the swap, are others now"
     assert (first.draft, served.draft) == ("tiny@0", "tiny@1")
     assert served.info.version == account.info.version == new != first.info.version
     assert account.deployment is not None

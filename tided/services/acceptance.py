@@ -32,7 +32,8 @@ NAME = "draft acceptance"
 LEAST = 6
 """Drafts that accept fewer tokens than this on all probes cannot be told apart."""
 SLACK = 0.1
-"""Share of the accepted tokens, at least one, by which an engine may differ: it computes in 16 bits."""
+"""Share of the accepted tokens, at least one, by which an engine may differ. A trained draft of SmolLM2-135M in BF16 never left what
+float32 with open ties allows, in 63 rounds; fed the features of another position it was off in all of them."""
 POLL_S = 0.2
 
 CAUSES = {

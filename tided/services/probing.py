@@ -161,10 +161,14 @@ def _arrived(samples: SampleStore, engine: str, seen: set[Path]) -> list[tuple[P
     return [(path, read_runs(path)) for path in fresh]
 
 
+def _may_be_probe(stats: RequestStats, info: EngineInfo) -> bool:
+    return stats.version == info.version and stats.temperature in (0.0, None)
+
+
 async def _reports(
     prober: Prober, info: EngineInfo, cursor: str, prompts: Sequence[tuple[int, ...]]
 ) -> tuple[tuple[RequestStats, ...], ...]:
-    """For each prompt the finished requests that may be it: as long a prompt and answer, by the draft that serves."""
+    """For each prompt the finished requests that may be it: as long a prompt and answer, greedy, by the draft that serves."""
     told: list[RequestStats] = []
     found = tuple(tuple[RequestStats, ...]() for _ in prompts)
     with anyio.move_on_after(REPORTS_S):
@@ -173,7 +177,7 @@ async def _reports(
             observations, cursor = await prober.backend.observe(cursor)
             for observation in observations:
                 if observation.incarnation == info.incarnation:
-                    told += [stats for stats in observation.requests if stats.version == info.version]
+                    told += [stats for stats in observation.requests if _may_be_probe(stats, info)]
             found = tuple(
                 tuple(
                     stats for stats in told if (stats.prompt_tokens, stats.output_tokens) == (len(ids), ANSWER_TOKENS)
