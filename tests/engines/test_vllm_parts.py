@@ -24,6 +24,7 @@ from tided.engine.vllm.boundary import StepBoundary
 from tided.engine.vllm.capture import Capture, Ending, StepRows
 from tided.engine.vllm.counts import Schedule, SchedulerCounts
 from tided.engine.vllm.optout import EXTRA_ARGUMENT, MARK, NoCapture, opted_out
+from tided.engine.vllm.packing import exchange, repack
 from tided.engine.vllm.remote import RemoteTap
 from tided.engine.vllm.sampling import expand, mend
 from tided.engine.vllm.settings import VllmSettings
@@ -461,3 +462,27 @@ def test_a_worker_is_asked_only_when_there_is_something_to_learn() -> None:
     assert tap.totals().sent == 5  # no step since, but rows were still on their way
     assert tap.totals().sent == 5
     assert asked == ["status", "status"]
+
+
+class FakeHandler:
+    """As vLLM's CPUDNNLGEMMHandler: frees what lies at its address when it goes."""
+
+    def __init__(self, address: int) -> None:
+        self.handler_tensor = torch.tensor(address)
+
+
+def test_a_packed_linear_is_exchanged_in_place() -> None:
+    """A compiled graph holds on to the tensors of the first closure: these must tell of the new weights, and the old copy go with the new."""
+
+    def closure(handler: FakeHandler, packed_weight: torch.Tensor, rows: int) -> Callable[[], tuple[object, ...]]:
+        return lambda: (handler, packed_weight, rows)
+
+    old, new = FakeHandler(17), FakeHandler(99)
+    address, packed = old.handler_tensor, torch.zeros(2)
+    exchange(closure(old, packed, 4), closure(new, torch.ones(2), 4))
+    assert (int(address), int(new.handler_tensor)) == (99, 17)
+    assert packed.tolist() == [1.0, 1.0]
+
+
+def test_a_draft_that_was_not_packed_is_left_alone() -> None:
+    repack(torch.nn.Sequential(torch.nn.Linear(2, 2)))

@@ -7,6 +7,7 @@
     worker    each worker's process: hooks around the runner and its draft, V1 and V2, and what the core asks of it
     capture   a step's rows, as every runner gives them, onto the tap
     weights   where a checkpoint's tensors lie in the loaded draft: reading back, replacing, restoring
+    packing   the draft's linears on a processor: packed, and replaceable
     profile   T(n) and D(b), measured with requests of its own while nothing else runs
     control   what tided may ask of this engine
     optout    an ASGI middleware for the header x-tide-no-capture

@@ -1,9 +1,9 @@
 """The entry point of group `vllm.general_plugins`. vLLM calls it in each of its processes, before anything is built.
 
 Patches of classes, each of which does what it did before unless an engine core runs with TIDED_ENGINE set:
-the core's busy loop (attach before it, detach after it); on processors the loading of the draft, whose linears must keep their
-plain weights to be replaceable; there, too, what loses the temperature of sampled requests (`tided.engine.vllm.sampling`); and the time
-that the core is given to end, which is none by default.
+the core's busy loop (attach before it, detach after it); on processors the loading of the draft, whose linears must stay replaceable
+(`tided.engine.vllm.packing`), and what loses the temperature of sampled requests (`tided.engine.vllm.sampling`); and the time that the
+core is given to end, which is none by default.
 """
 
 import functools
@@ -29,7 +29,7 @@ def register() -> None:
         if settings is None:
             return
         _patch_core()
-        _patch_loading()
+        import_module("tided.engine.vllm.packing").patch()
         if settings.mend_sampling:
             mend(import_module("vllm.utils.cpu_triton_utils"))
         _patch_ending()
@@ -60,38 +60,6 @@ def _around(run_busy_loop: Any) -> Any:
 
     setattr(attached, _MARK, True)
     return attached
-
-
-def _patch_loading() -> None:
-    """While a draft loads, leave out the packing of linears for the processor, which keeps nothing that could be replaced."""
-    import torch
-
-    utils = import_module("vllm.model_executor.layers.utils")
-    proposer = import_module("vllm.v1.spec_decode.llm_base_proposer").SpecDecodeBaseProposer
-    if hasattr(proposer.load_model, _MARK):
-        return
-    load_model, dispatch = proposer.load_model, utils.dispatch_cpu_unquantized_gemm
-    loading = 0
-
-    @functools.wraps(load_model)
-    def load_unpacked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal loading
-        loading += 1
-        try:
-            return load_model(self, *args, **kwargs)
-        finally:
-            loading -= 1
-
-    @functools.wraps(dispatch)
-    def dispatch_unless_draft(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        if loading and layer.weight.ndim == 2:
-            layer.cpu_linear = torch.nn.functional.linear
-            return None
-        return dispatch(layer, *args, **kwargs)
-
-    setattr(load_unpacked, _MARK, True)
-    proposer.load_model = load_unpacked
-    vars(utils)["dispatch_cpu_unquantized_gemm"] = dispatch_unless_draft
 
 
 def _patch_ending() -> None:

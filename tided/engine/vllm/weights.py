@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tided.draft.checkpoint import Checkpoint
+from tided.engine.vllm.packing import repack
 from tided.model.errors import Refused
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class DraftWeights:
 
     def __init__(self, draft: Any, target: Any, rank: int, ranks: int) -> None:
         """Raises `Refused` when the draft is not built as expected, or shares a tensor with the target."""
-        self._rank, self._ranks = rank, ranks
+        self._draft, self._rank, self._ranks = draft, rank, ranks
         try:
             self._views = _views(draft)
         except (AttributeError, IndexError, RuntimeError) as exc:
@@ -58,6 +59,8 @@ class DraftWeights:
             for name, view in self._views.items():
                 view.copy_(expected[name])
             differing = next((name for name, view in self._views.items() if not torch.equal(view, expected[name])), "")
+            if not differing:
+                repack(self._draft)
         except Exception:
             self._restore(before)
             raise
@@ -68,6 +71,7 @@ class DraftWeights:
     def _restore(self, before: Mapping[str, torch.Tensor]) -> None:
         for name, view in self._views.items():
             view.copy_(before[name])
+        repack(self._draft)
 
     def _expected(self, tensors: "Mapping[str, Array]") -> dict[str, torch.Tensor]:
         missing = set(self.names).symmetric_difference(tensors.keys() - _UNUSED)
