@@ -472,7 +472,7 @@ class FakeHandler:
 
 
 def test_a_packed_linear_is_exchanged_in_place() -> None:
-    """A compiled graph holds on to the tensors of the first closure: these must tell of the new weights, and the old copy go with the new."""
+    """A compiled graph holds on to the tensors of the first closure: they must tell of the new weights, and the old copy must be freed."""
 
     def closure(handler: FakeHandler, packed_weight: torch.Tensor, rows: int) -> Callable[[], tuple[object, ...]]:
         return lambda: (handler, packed_weight, rows)

@@ -61,7 +61,7 @@ def repack(draft: torch.nn.Module) -> None:
 
 
 def exchange(ours: Any, theirs: Any) -> None:
-    """What two closures of one kind hold, exchanged in place: tensors are copied, addresses of oneDNN's copies swapped with their owners."""
+    """What two closures of one kind hold, exchanged in place: tensors are copied, addresses of oneDNN's copies change their owners."""
     new = inspect.getclosurevars(theirs).nonlocals
     for name, held in inspect.getclosurevars(ours).nonlocals.items():
         if isinstance(held, torch.Tensor):
