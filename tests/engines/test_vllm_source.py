@@ -69,6 +69,7 @@ FIELDS = {
         "scheduled_spec_decode_tokens",
         "finished_req_ids",
         "num_invalid_spec_tokens",
+        "num_spec_tokens_to_schedule",
     },
     ("v1/worker/gpu/input_batch.py", "InputBatch"): {
         "req_ids",
@@ -84,8 +85,15 @@ FIELDS = {
 CALLS = {
     RUNNER_V1: ("self.drafter.propose(", "self.propose_draft_token_ids("),
     RUNNER_V2: ("self.speculator.propose(",),
-    SCHEDULER: ("self.dynamic_sd_lookup[", "self._free_request("),
-    CORE: ("self._handle_client_request(*req)", "self.input_queue", "self.step_fn"),
+    SCHEDULER: ("self.dynamic_sd_lookup[", "self._free_request(", "request.spec_token_ids = []"),
+    CORE: (
+        "self._handle_client_request(*req)",
+        "self.input_queue",
+        "self.step_fn",
+        "self.post_step(",
+        "self.batch_queue",
+    ),
+    "_custom_ops.py": ("handler.handler_tensor = torch.tensor(", "self.dtor(self.handler_tensor.item())"),
     "platforms/cpu.py": ("cpu_tl._expand_kernel_impl",),
     "v1/engine/utils.py": ("= get_engine_process_shutdown_timeout(",),
     "model_executor/layers/linear.py": ("from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm",),
