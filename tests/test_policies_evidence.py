@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.test_policies_threshold import PROFILE, ran
 from tided.model.records import StepCounts
-from tided.policies.evidence import MEMORY_S, Evidence, LossAccount, lost_s
+from tided.policies.evidence import CREDIT_S, MEMORY_S, Evidence, LossAccount, lost_s
 from tided.policies.speedup import Acceptance, step_s
 
 
@@ -29,12 +29,12 @@ def followed(alphas: list[float], seed: int, batch: int = 2) -> list[bool]:
     """For each half second of ten steps, with the domain's alpha in it: whether the short memory was believed."""
     draw, evidence, long, believed = random.Random(seed), Evidence(), Acceptance(), list[bool]()
     requests = [0.0] * batch
-    for number, alpha in enumerate(alphas):
+    for number, alpha in enumerate(alphas, 1):
         if number % 10 == 0:  # requests last five seconds, and differ
             requests = [draw.gauss(0.0, 0.08) for _ in requests]
         counts = drawn(draw, [min(max(alpha + own, 0.0), 1.0) for own in requests], 10)
         new = Acceptance.of([counts])
-        evidence, long = evidence.add([counts]), long.faded(new.steps).plus(new)
+        evidence, long = evidence.add(number / 2, [counts]), long.faded(new.steps).plus(new)
         believed.append(evidence.best(long) is not long)
     return believed
 
@@ -57,8 +57,8 @@ def test_a_jump_is_believed_within_a_second_or_two(before: float, after: float) 
 def test_little_evidence_changes_nothing() -> None:
     long = Acceptance.prior((0.6,) * 4, 100.0)
     assert Evidence().best(long) is long
-    assert Evidence().add(ran(1, 0.0)).best(long) is long
-    assert Evidence().add(ran(1, 0.0)).best(Acceptance()).alpha is None
+    assert Evidence().add(0.0, ran(1, 0.0)).best(long) is long
+    assert Evidence().add(0.0, ran(1, 0.0)).best(Acceptance()).alpha is None
 
 
 def test_lost_seconds_by_hand() -> None:
@@ -73,18 +73,27 @@ def test_lost_seconds_by_hand() -> None:
     assert lost_s(PROFILE, ran(10, 0.5, batch=9), 8, 4) == 0.0  # a batch size that no decision was made for
 
 
-def test_gains_pay_losses_back_but_never_in_advance() -> None:
-    account = LossAccount().add(0.0, -5.0).add(1.0, 1.0)
-    assert account.balance_s == 1.0
-    assert account.add(2.0, -0.5).balance_s == pytest.approx(exp(-1 / MEMORY_S) - 0.5)
-    assert account.add(1.0 + MEMORY_S, 0.0).balance_s == pytest.approx(exp(-1))
+def test_gains_pay_losses_back_and_for_little_in_advance() -> None:
+    account = LossAccount().add(0.0, -50.0)
+    assert account.balance_s == -CREDIT_S
+    account = account.add(0.0, 1.0 + CREDIT_S)
+    assert account.balance_s == pytest.approx(1.0)
+    assert account.add(1.0, -0.5).balance_s == pytest.approx(exp(-1 / MEMORY_S) - 0.5)
+    assert account.add(MEMORY_S, 0.0).balance_s == pytest.approx(exp(-1))
+
+
+def test_what_a_probe_found_a_while_ago_is_not_recent() -> None:
+    long = Acceptance.prior((0.1,) * 4, 400.0)
+    stale = Evidence().add(0.0, ran(60, 0.1))
+    assert stale.add(0.5, ran(12, 0.7)).best(long) is long
+    assert stale.add(60.0, ran(12, 0.7)).best(long).alpha == pytest.approx(0.7, abs=0.1)
 
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(-2, 2)), max_size=40))
-def test_the_account_is_never_in_credit_and_stops_with_hysteresis(entries: list[tuple[float, float]]) -> None:
+def test_the_account_stops_with_hysteresis(entries: list[tuple[float, float]]) -> None:
     account, now_s = LossAccount(), 0.0
     for wait_s, seconds in entries:
         now_s += wait_s
         account = account.add(now_s, seconds)
-        assert account.balance_s >= 0.0
+        assert account.balance_s >= -CREDIT_S
         assert account.overdrawn(0.02, already=True) or not account.overdrawn(0.02, already=False)

@@ -9,13 +9,19 @@ from tided.policies.base import SpeculationObservation
 from tided.policies.speedup import Acceptance, steps_s
 
 RECENT_TRIALS = 40.0
-"""Half-life of the short memory, in request-steps."""
+"""Half-life of the short memory, in request-steps,"""
+RECENT_S = 10.0
+"""and in time: what a probe found a while ago is not recent, though nothing was judged since."""
+ENOUGH_TRIALS = 10.0
+"""Below this the short memory is chance."""
 SURE = 3.0
 """Standard errors by which short and long memory must differ before the short one is believed."""
 SPREAD = 2.0
 """Variance of a few requests' acceptance over that of coin flips: steps of one request are alike."""
 MEMORY_S = 60.0
 """Time constant with which the loss account forgets."""
+CREDIT_S = 1.2
+"""What gains may pay for in advance."""
 _RESUME = 0.75
 
 
@@ -27,16 +33,18 @@ class Evidence:
     """
 
     recent: Acceptance = field(default_factory=Acceptance)
+    at_s: float = 0.0
 
-    def add(self, measured: Sequence[StepCounts]) -> "Evidence":
+    def add(self, now_s: float, measured: Sequence[StepCounts]) -> "Evidence":
         new = Acceptance.of(measured)
-        return Evidence(self.recent.faded(new.steps, RECENT_TRIALS).plus(new))
+        waned = self.recent.faded(max(now_s - self.at_s, 0.0), RECENT_S)
+        return Evidence(waned.faded(new.steps, RECENT_TRIALS).plus(new), now_s)
 
     def best(self, long: Acceptance) -> Acceptance:
         """`long`, or the short memory if they surely differ."""
         short = self.recent
         trials, many = sum(short.trials), sum(long.trials)
-        if long.alpha is None or short.alpha is None or trials >= many:
+        if long.alpha is None or short.alpha is None or not ENOUGH_TRIALS <= trials < many:
             return long
         # Of one mean: the long memory holds the short one's counts, too.
         mean = min(max(long.alpha, 0.02), 0.98)
@@ -59,14 +67,14 @@ def lost_s(profile: LatencyProfile, measured: Sequence[StepCounts], max_batch: i
 
 @dataclass(frozen=True, slots=True)
 class LossAccount:
-    """Seconds lost to drafting in the last minute or so. Gains pay losses back, never in advance."""
+    """Seconds lost to drafting in the last minute or so, net of those that it gained; gains pay in advance for little."""
 
     balance_s: float = 0.0
     at_s: float = 0.0
 
     def add(self, now_s: float, seconds: float) -> "LossAccount":
         kept = self.balance_s * exp(-max(now_s - self.at_s, 0.0) / MEMORY_S)
-        return LossAccount(max(kept + seconds, 0.0), now_s)
+        return LossAccount(max(kept + seconds, -CREDIT_S), now_s)
 
     def overdrawn(self, most: float, *, already: bool) -> bool:
         """Whether more than the share `most` of the last minute is lost; once it is, until a quarter of that is forgotten."""

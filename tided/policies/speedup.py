@@ -101,9 +101,9 @@ class Acceptance:
             tuple(keep * at(self.trials, k) + at(other.trials, k) for k in range(size)),
         )
 
-    def faded(self, trials: float, half_life: float = HALF_LIFE_TRIALS) -> "Acceptance":
-        """These counts after `trials` more request-steps that drafted."""
-        return self.plus(Acceptance(), 0.5 ** (trials / half_life))
+    def faded(self, elapsed: float, half_life: float = HALF_LIFE_TRIALS) -> "Acceptance":
+        """These counts after `elapsed` more request-steps that drafted, or seconds, in the unit of `half_life`."""
+        return self.plus(Acceptance(), 0.5 ** (elapsed / half_life))
 
     @property
     def steps(self) -> float:

@@ -4,10 +4,10 @@ It turns on above 1 + margin, off below 1 + margin - hysteresis, changes from on
 hysteresis, and at most once in `dwell_steps` engine steps. A new version is judged at once. Where the newest counts surely differ from
 the longer memory, they are believed (`Evidence`).
 
-While nothing is drafted there is no acceptance signal, so now and then it drafts for `probe_steps` steps: gamma = 0 is never a trap.
-After each probe it waits for so long that probes cost no more than the share `probe_loss` of the time, and at least `probe_every_s`.
-Traffic that turns against every decision is met by the loss account: once drafting has cost `most_lost` of the last minute, net of what it
-gained, nothing is drafted until a quarter of that is forgotten.
+While nothing is drafted there is no acceptance signal, so now and then it drafts one token, until `probe_steps` of them were judged:
+gamma = 0 is never a trap. After each probe it waits for so long that probes cost no more than the share `probe_loss` of the time, and
+at least `probe_every_s`. Traffic that turns against every decision is met by the loss account: once drafting has cost `most_lost`
+of the last minute beyond what it gained, probes aside, nothing is drafted until a quarter of that is forgotten.
 """
 
 from dataclasses import dataclass, field, replace
@@ -20,9 +20,6 @@ from tided.policies.choice import Held, Rule, could_pay, predictions
 from tided.policies.evidence import Evidence, LossAccount, figures, lost_s
 from tided.policies.speedup import Acceptance
 
-_PROBE_GAMMA = 2
-_PROBE_GAMMA_LARGE = 1  # a large batch is compute bound: each drafted token costs its full share
-_LARGE_BATCH = 3
 _EAGER_SHARE = 0.25
 
 
@@ -87,7 +84,7 @@ class ThresholdPolicy:
         state = replace(state, held=held)
         state = self._probe(state, seen, lost)
         probing = state.probe_steps_left > 0
-        gammas = self._probe_gammas(held.gammas, seen.gamma_max) if probing else held.gammas
+        gammas = tuple(max(gamma, 1) for gamma in held.gammas) if probing else held.gammas
         reason = self._reason(seen, state, choices, acceptance)
         return state, SpeculationDecision(
             gammas, choices, acceptance.alpha, probing, reason, figures(seen, state.evidence, state.account)
@@ -96,17 +93,17 @@ class ThresholdPolicy:
     def _learn(self, state: ThresholdState, seen: SpeculationObservation) -> tuple[ThresholdState, float]:
         """The state with what was measured taken in, and the seconds that it lost."""
         lost = lost_s(seen.profile, seen.measured, seen.max_batch, seen.gamma_max)
-        account = state.account.add(seen.now_s, lost)
+        probed = state.probe_steps_left > 0 or not any(state.held.gammas)  # what probes cost has a bound of its own
+        account = state.account.add(seen.now_s, 0.0 if probed else lost)
         stopped = account.overdrawn(self.most_lost, already=state.stopped)
-        evidence, held = state.evidence.add(seen.measured), state.held.allowed(seen)
+        evidence, held = state.evidence.add(seen.now_s, seen.measured), state.held.allowed(seen)
         return replace(state, held=held, evidence=evidence, account=account, stopped=stopped), lost
 
     def _probe(self, state: ThresholdState, seen: SpeculationObservation, lost: float) -> ThresholdState:
         if not seen.version or seen.gamma_max == 0 or state.stopped:
             return replace(state, probe_steps_left=0)
         if state.probe_steps_left > 0:
-            # Only steps that drafted count: a step of the old schedule says nothing.
-            left = max(0, state.probe_steps_left - (seen.steps if seen.trials else 0))
+            left = max(0, state.probe_steps_left - seen.trials)
             cost = state.probe_lost_s + lost
             due_s = seen.now_s + max(self.probe_every_s, cost / self.probe_loss)
             return replace(state, probe_steps_left=left, probe_lost_s=cost, probe_due_s=due_s, signal_s=seen.now_s)
@@ -122,13 +119,6 @@ class ThresholdPolicy:
         if batch and seen.now_s >= due_s and could_pay(seen.profile, batch, seen.gamma_max) is not None:
             return replace(state, probe_steps_left=self.probe_steps, probe_lost_s=0.0)
         return state
-
-    @staticmethod
-    def _probe_gammas(wanted: tuple[int, ...], gamma_max: int) -> tuple[int, ...]:
-        probe = [
-            min(gamma_max, _PROBE_GAMMA if b < _LARGE_BATCH else _PROBE_GAMMA_LARGE) for b in range(1, len(wanted) + 1)
-        ]
-        return tuple(max(gamma, least) for gamma, least in zip(wanted, probe, strict=True))
 
     def _reason(
         self,

@@ -1,9 +1,9 @@
 """The bandit's arms, its trials of them, and what trials may lose."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, inf
 
+from tided.model.records import StepCounts
 from tided.policies.base import BatchChoice
 
 WINDOW_S = 60.0
@@ -51,16 +51,15 @@ class Trial:
     def over(self) -> bool:
         return self.ended_s < inf
 
-    def loss(self, batch: int, gamma: int) -> float:
-        """What it is predicted to lose at `batch`, as a multiple of the rate without speculation; 0.0 for steps that are none of it."""
-        if bucket(batch) != self.bucket or gamma != self.gamma or batch > len(self.choices):
-            return 0.0
-        choice = self.choices[batch - 1]
-        return max(choice.predicted - choice.speedups[gamma], 0.0)
+    def made(self, now_s: float, counts: StepCounts, chosen: int) -> bool:
+        """Whether steps reported now were the trial's: its last ones come in late, and an arm that is `chosen` since is no trial."""
+        own = bucket(counts.batch) == self.bucket and counts.gamma == self.gamma and counts.batch <= len(self.choices)
+        return own and now_s - self.ended_s <= LATE_S and (not self.over or self.gamma != chosen)
 
-    def counts(self, now_s: float, gammas: Sequence[int]) -> bool:
-        """Whether steps reported now with its gamma may be its own: its last ones come in late, and what was adopted is no trial."""
-        return now_s - self.ended_s <= LATE_S and (not self.over or self.gamma not in gammas)
+    def loss(self, batch: int) -> float:
+        """What it is predicted to lose at `batch`, as a multiple of the rate without speculation."""
+        choice = self.choices[batch - 1]
+        return max(choice.predicted - choice.speedups[self.gamma], 0.0)
 
 
 @dataclass(frozen=True, slots=True)
