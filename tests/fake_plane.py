@@ -79,7 +79,7 @@ EXPLANATION = Explanation(
     alpha=0.62,
     conditional=(0.7, 0.6, 0.5),
     choices=tuple(
-        Choice(b, 3 if b < 3 else 0, (1.0, 1.4 - 0.1 * b, 1.5 - 0.15 * b, 1.51 - 0.18 * b, 1.4 - 0.2 * b))
+        Choice(b, 3 if b < 3 else 0, (1.0, 1.4 - 0.06 * b, 1.5 - 0.08 * b, 1.51 - 0.1 * b, 1.45 - 0.12 * b))
         for b in range(1, 9)
     ),
     figures={"alpha, long memory": 0.62, "alpha, newest steps": 0.58, "seconds lost in the last minute": 0.0},

@@ -104,7 +104,7 @@ async def test_policy_explain_shows_the_figures() -> None:
             "is predicted to give 1.12x",
             "by position 0.700, 0.600, 0.500",
             "alpha, newest steps",
-            "1.33*",
+            "1.41*",
         ):
             assert part in out, out
         other = await tidectl_at(api.socket, "policy", "explain", "other")
