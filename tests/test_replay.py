@@ -142,11 +142,12 @@ def test_the_same_seed_gives_the_same_trace() -> None:
 
 
 def test_generated_acceptance_is_what_it_says() -> None:
-    [found] = windows(generate("stationary", 0, 60.0), 60.0)
+    [found] = windows(generate("stationary", 0, 300.0), 300.0)
     assert found.hits[0] / found.trials[0] == pytest.approx(0.6, abs=0.02)
-    good, bad = windows(generate("recurring", 0, 600.0), 35.0)[0], windows(generate("recurring", 0, 600.0), 20.0)
-    assert good.hits[0] / good.trials[0] == pytest.approx(0.7, abs=0.03)
-    assert min(window.hits[0] / window.trials[0] for window in bad) == pytest.approx(0.1, abs=0.03)
+    shares = [window.hits[0] / window.trials[0] for window in windows(generate("recurring", 0, 600.0), 20.0)]
+    good, bad = [share for share in shares if share > 0.55], [share for share in shares if share < 0.25]
+    assert sum(good) / len(good) == pytest.approx(0.7, abs=0.04)
+    assert sum(bad) / len(bad) == pytest.approx(0.1, abs=0.04)
 
 
 @settings(max_examples=15, deadline=None)

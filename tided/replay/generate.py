@@ -4,6 +4,7 @@ A domain's requests differ: each has its own alpha, normal around the domain's, 
 their own features lose accuracy from token to token, so a_k falls with depth. Steps take what the profile says, give or take a tenth.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -45,6 +46,10 @@ Wave = Callable[[NDArray[np.float64], np.random.Generator], tuple[NDArray[np.flo
 
 def _stationary(t: NDArray[np.float64], rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return np.full_like(t, 0.6), _wander(t, rng, 4.0, 2.0)
+
+
+def _useless(t: NDArray[np.float64], rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return np.full_like(t, 0.05), _wander(t, rng, 8.0, 4.0)
 
 
 def _diurnal(t: NDArray[np.float64], rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -101,6 +106,7 @@ def _wander(t: NDArray[np.float64], rng: np.random.Generator, middle: float, spr
 
 _WAVES: dict[str, tuple[Wave, str]] = {
     "stationary": (_stationary, "one domain, alpha 0.6, batch about 4"),
+    "useless": (_useless, "a draft that knows nothing of the traffic, alpha 0.05, batch about 8"),
     "diurnal": (_diurnal, "batch from 1 up to 15 and back, alpha 0.6"),
     "bursty": (_bursty, "batch 1 to 2 with bursts of 10 to 16, alpha 0.65"),
     "drifting": (_drifting, "alpha decays from 0.75 to 0.1 and a new draft brings it back, three times"),
@@ -108,6 +114,7 @@ _WAVES: dict[str, tuple[Wave, str]] = {
     "adversarial": (_adversarial, "alpha jumps between 0.62 and 0.02 every 2 to 10 s, batch about 10"),
     "misprofiled": (_stationary, "as stationary, and the engine measured its profile under other load"),
 }
+_REGIMES = {"stationary": "stationary", "useless": "stationary", "adversarial": "adversarial"}
 SLOWLY = "slow-"
 KINDS = (*_WAVES, *(SLOWLY + kind for kind in _WAVES))
 """Each kind of traffic on the fast engine, and with "slow-" before its name on the slow one."""
@@ -120,7 +127,7 @@ def generate(name: str, seed: int = 0, duration_s: float = 600.0) -> Trace:
     kind, slow = name.removeprefix(SLOWLY), name.startswith(SLOWLY)
     profile, max_batch = (SLOW, 8) if slow else (FAST, 16)
     wave, about = _WAVES[kind]
-    rng = np.random.default_rng([KINDS.index(name), seed])
+    rng = np.random.default_rng([zlib.crc32(name.encode()), seed])
     middles = np.arange(BIN_S / 2, duration_s, BIN_S)
     alpha, batch = wave(middles, rng)
     batches = np.clip(np.rint(batch * max_batch / 16), 1, max_batch).astype(np.int32)
@@ -138,7 +145,7 @@ def generate(name: str, seed: int = 0, duration_s: float = 600.0) -> Trace:
         max_batch=max_batch,
         duration_s=duration_s,
         told=_under_load(profile) if kind == "misprofiled" else None,
-        regime={"stationary": "stationary", "adversarial": "adversarial"}.get(kind, "moving"),
+        regime=_REGIMES.get(kind, "moving"),
     )
     prefix = _prefixes(rng, alpha[(at_s / BIN_S).astype(int)], np.diff(at_s, prepend=0.0), step_batch)
     return Trace(header, at_s, step_batch, residual.astype(np.float32), prefix)
