@@ -1,12 +1,13 @@
 """One engine under a bench's own hand: a Valkey, a server with the plugin, and a peer that speaks the protocol as a leader would."""
 
 import tempfile
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import redis
 from transformers import AutoTokenizer
 
@@ -27,6 +28,7 @@ MAX_BATCH, MAX_CONTEXT, GAMMA_MAX = 8, 512, 4
 class Rig:
     """What is running. `prompt_ids` of a prompt are what the server makes of it."""
 
+    kind: str
     peer: Peer
     url: str
     config: Config
@@ -35,6 +37,22 @@ class Rig:
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         text = self.tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    async def complete(self, http: httpx.AsyncClient, ids: Sequence[int], tokens: int) -> list[int]:
+        """The greedy answer of `tokens` tokens to a prompt of token ids. Raises `httpx.HTTPError` when the request fails."""
+        if self.kind == "sglang":
+            parameters = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
+            answer = await http.post("/generate", json={"input_ids": list(ids), "sampling_params": parameters})
+            return list(answer.raise_for_status().json()["output_ids"])
+        body = {
+            "prompt": list(ids),
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        answer = await http.post("/v1/completions", json=body)
+        return list(answer.raise_for_status().json()["choices"][0]["token_ids"])
 
     async def drafts(self, gamma: int) -> None:
         """The engine drafts `gamma` tokens from now on. Raises `Refused` when it will not."""
@@ -74,7 +92,7 @@ async def rig(model: Path, engine: Engine, dtype: str, changes: Mapping[str, Any
                 await stack.start(service(config, engine, port))
                 peer = Peer(redis.Redis(unix_socket_path=str(valkey.socket)), engine.name)
                 tokenizer = AutoTokenizer.from_pretrained(model)
-                yield Rig(peer, f"http://127.0.0.1:{port}", config, tokenizer)
+                yield Rig(engine.kind, peer, f"http://127.0.0.1:{port}", config, tokenizer)
         finally:
             await valkey.stop()
 

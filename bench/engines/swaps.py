@@ -77,10 +77,16 @@ def _prompts(count: int) -> list[Prompt]:
 
 
 async def _answers(started: Rig, prompts: Sequence[Prompt]) -> list[Answer]:
-    """In the order of the prompts."""
-    load = await each(started.url, prompts, CONCURRENCY, token_ids=True, headers=NO_CAPTURE)
-    by_prompt = {answer.prompt: answer for answer in load.answers}
+    """In the order of the prompts. SGLang streams no token ids: there they are those of the text."""
+    streamed = started.kind == "vllm"
+    load = await each(started.url, prompts, CONCURRENCY, token_ids=streamed, headers=NO_CAPTURE)
+    answers = load.answers if streamed else [_with_ids(started, answer) for answer in load.answers]
+    by_prompt = {answer.prompt: answer for answer in answers}
     return [by_prompt[prompt] for prompt in prompts]
+
+
+def _with_ids(started: Rig, answer: Answer) -> Answer:
+    return replace(answer, token_ids=tuple(started.tokenizer(answer.text, add_special_tokens=False)["input_ids"]))
 
 
 async def _swapping(started: Rig, prompts: Sequence[Prompt], drafts: Sequence[Path], swaps: int) -> Swapped:

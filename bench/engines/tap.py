@@ -9,11 +9,10 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
@@ -22,7 +21,7 @@ from bench.drafts import code_draft
 from bench.engines.counters import drafted
 from bench.engines.rig import Rig, drafted_by, rig
 from bench.engines.servers import Engine
-from bench.load import each
+from bench.load import client
 from bench.model import DEFAULT
 from bench.report import Claim, at_least, at_most, publish
 from bench.traffic import DOMAINS
@@ -67,19 +66,28 @@ async def measure(kind: str, model: Path) -> list[Claim]:
         await started.peer.capture()
         source = iter(DOMAINS["code"].prompts("measure", seed=3))
         for concurrency, count in PROMPTS.items():
-            prompts = [replace(prompt, max_tokens=TOKENS) for prompt in itertools.islice(source, count)]
-            load = await each(started.url, prompts, concurrency, token_ids=True, ignore_eos=True)
-            if load.errors:
-                raise RuntimeError(f"{load.errors} of {count} requests failed")
-            for answer in load.answers:
-                ids = started.prompt_ids(answer.prompt)
+            prompts = [started.prompt_ids(prompt) for prompt in itertools.islice(source, count)]
+            answers = await _answers(started, prompts, concurrency)
+            for ids, answer in zip(prompts, answers, strict=True):
                 (request,) = await started.peer.ended(ids)
-                tokens = [*ids, *answer.token_ids]
+                tokens = [*ids, *answer]
                 _count(counted, request, tokens)
                 of = {stage: errors[concurrency, stage] for stage in ("prefill", "verification")}
                 states.compare(request, tokens, len(ids), of)
         ours, theirs = await _acceptance(started)
     return _claims(kind, dtype, errors, counted, ours, theirs)
+
+
+async def _answers(started: Rig, prompts: Sequence[list[int]], concurrency: int) -> list[list[int]]:
+    """In the order of the prompts, so many at a time."""
+    room = asyncio.Semaphore(concurrency)
+
+    async def one(ids: list[int]) -> list[int]:
+        async with room:
+            return await started.complete(http, ids, TOKENS)
+
+    async with client(started.url) as http:
+        return list(await asyncio.gather(*(one(ids) for ids in prompts)))
 
 
 class States:
@@ -136,7 +144,7 @@ def _count(counted: Counted, request: Tapped, tokens: Sequence[int]) -> None:
 
 async def _acceptance(started: Rig) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """(steps, drafted, accepted) by the plugin's reports, and by vLLM's own counters, once the last report has come."""
-    async with httpx.AsyncClient(base_url=started.url, timeout=60, trust_env=False) as http:
+    async with client(started.url) as http:
         own = await drafted(http)
     theirs = (own.steps, own.drafted, own.accepted)
     with contextlib.suppress(AssertionError):  # the claim shows both
