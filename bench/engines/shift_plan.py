@@ -62,8 +62,8 @@ def sglang() -> Plan:
     return Plan(
         kind="sglang",
         parts=(
-            Part("learn", "code", 420, (TIDED,), 60.0, 30.0),
-            Part("drift", "french", 540, (STATIC, TIDED), 60.0, 30.0),
+            Part("learn", "code", 270, (TIDED,), 60.0, 30.0),
+            Part("drift", "french", 360, (STATIC, TIDED), 60.0, 30.0),
         ),
         turns={1: 2, 8: 8},
         gamma_max=3,
