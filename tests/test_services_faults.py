@@ -211,6 +211,12 @@ async def test_nothing_is_scored_that_could_say_nothing(scene: Scene, lacking: s
     if lacking == "last_hidden":
         others = tuple(set(Capability) - {Capability.LAST_HIDDEN})
         scene.engine.info = replace(scene.engine.info, capabilities=others)
+
+        async def known() -> bool:
+            await scene.control.cycle()
+            return scene.view.info.capabilities == others
+
+        await eventually(known)  # with its next heartbeat
     if lacking == "switched_off":
         scene.switch_off()
     scene.samples(train=1, held_out=4 if lacking == "held_out" else 60)
