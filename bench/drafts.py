@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.samples import shards
+from tided.config import Config
 from tided.draft.init import init_draft
+from tided.draft.target import describe
 from tided.model.codec import from_plain, to_plain
-from tided.model.records import JobKind, JobResult, JobSpec
+from tided.model.records import DraftOrigin, JobKind, JobResult, JobSpec
+from tided.store.drafts import DraftStore
 
 WORK = Path("build/bench/trainer")
 TRAIN_REQUESTS, HELD_OUT_REQUESTS = 112, 48
@@ -75,3 +78,10 @@ def code_draft(model_dir: Path) -> Path:
         copied = shutil.copytree(result.staged, WORK / "code-draft.partial", dirs_exist_ok=True)
         Path(copied).rename(directory)
     return directory
+
+
+def store_code_draft(config: Config, model_dir: Path) -> None:
+    """Puts it into tided's store as a lineage of its own, before tided starts: an engine that serves what tided does not know is left alone."""
+    now_ms = round(time.time() * 1000)
+    store, draft, target = DraftStore(config.drafts_dir), code_draft(model_dir), describe(model_dir)
+    store.add(draft, lineage="code", parent="", origin=DraftOrigin.IMPORTED, target=target, now_ms=now_ms)

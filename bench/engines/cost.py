@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.configs import free_port, write_config
 from bench.control import Control
-from bench.drafts import code_draft
+from bench.drafts import code_draft, store_code_draft
 from bench.engines.servers import REST_S, Engine, service
 from bench.model import DEFAULT
 from bench.report import Claim, Interval, at_most, paired_ratio, publish
@@ -26,7 +26,7 @@ from bench.tap import MAX_CONTEXT, NEVER_ROWS, turns
 from tided.local import LocalStack, services
 
 GAMMA = 3
-PAIRS = {1: 60, 8: 60}
+PAIRS = {1: 50, 8: 40}
 STOCK: Mapping[str, str | None] = {"--middleware": None}
 NO_DRAFT: Mapping[str, str | None] = {"--speculative-config": None, **STOCK}
 
@@ -46,6 +46,7 @@ async def started(model: Path, engines: Sequence[Engine], policy: Mapping[str, A
                 "self_test": {"enabled": False},  # there is no worker here
             },
         )
+        store_code_draft(config, model)
         async with LocalStack(work / "logs", lambda line: print(line, flush=True)) as stack:
             await stack.start(services(work / "config.toml", config)[0])
             urls: dict[str, str] = {}

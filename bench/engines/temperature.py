@@ -21,7 +21,7 @@ import redis
 
 from bench.configs import free_port, write_config
 from bench.control import Control
-from bench.drafts import code_draft
+from bench.drafts import code_draft, store_code_draft
 from bench.engines.servers import Engine, service
 from bench.load import Answer, ask, client
 from bench.model import DEFAULT
@@ -30,16 +30,13 @@ from bench.tap import MAX_CONTEXT, NEVER_ROWS
 from bench.traffic import DOMAINS, Prompt
 from tests.contract.peer import Peer
 from tided.config import Config
-from tided.draft.target import describe
 from tided.local import LocalStack, services
-from tided.model.records import DraftOrigin, JobKind
+from tided.model.records import JobKind
 from tided.policies.faults import accepted_at
-from tided.store.drafts import DraftStore
 
 Arm = Literal["stock", "mended"]
 ENVIRONMENT: Mapping[Arm, Mapping[str, str]] = {"stock": {"TIDED_MEND_SAMPLING": "0"}, "mended": {}}
 TEMPERATURE, REQUESTS, TOKENS, GAMMA, CONCURRENCY = 0.7, 160, 48, 3, 8
-LINEAGE = "code"
 CHECK_S = 10.0
 PATIENCE_S = 90.0
 """How long after the last request the alarm may take, or must stay away."""
@@ -64,7 +61,7 @@ async def measure(model: Path, arm: Arm) -> Seen:
     with tempfile.TemporaryDirectory(prefix="tided-temperature-") as name:
         work = Path(name)
         config = _config(model, work)
-        _store(config, model)
+        store_code_draft(config, model)
         control = Control(config.daemon.socket_path)
         async with LocalStack(work / "logs", lambda line: print(line, flush=True)) as stack:
             daemon, _, worker = services(work / "config.toml", config)
@@ -98,14 +95,6 @@ def _config(model: Path, work: Path) -> Config:
             "samples": {"held_out_fraction": 0.4, "shard_age_s": 4.0, "shard_rows": 2048},
         },
     )
-
-
-def _store(config: Config, model: Path) -> None:
-    """The draft that serves must be known, or tided keeps its hands off."""
-    now_ms = round(time.time() * 1000)
-    target = describe(model)
-    store = DraftStore(config.drafts_dir)
-    store.add(code_draft(model), lineage=LINEAGE, parent="", origin=DraftOrigin.IMPORTED, target=target, now_ms=now_ms)
 
 
 async def _traffic(url: str) -> list[Answer]:
