@@ -81,7 +81,7 @@ def code_draft(model_dir: Path) -> Path:
 
 
 def store_code_draft(config: Config, model_dir: Path) -> None:
-    """Puts it into tided's store as a lineage of its own, before tided starts: an engine that serves what tided does not know is left alone."""
+    """Puts it into tided's store before tided starts: an engine that serves what tided does not know is left alone."""
     now_ms = round(time.time() * 1000)
     store, draft, target = DraftStore(config.drafts_dir), code_draft(model_dir), describe(model_dir)
     store.add(draft, lineage="code", parent="", origin=DraftOrigin.IMPORTED, target=target, now_ms=now_ms)
