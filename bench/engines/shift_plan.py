@@ -62,10 +62,10 @@ def sglang() -> Plan:
     return Plan(
         kind="sglang",
         parts=(
-            Part("learn", "code", 270, (TIDED,), 60.0, 30.0),
-            Part("drift", "french", 360, (STATIC, TIDED), 60.0, 30.0),
+            Part("learn", "code", 390, (TIDED,), 60.0, 30.0),
+            Part("drift", "french", 420, (STATIC, TIDED), 60.0, 30.0),
         ),
-        turns={1: 2, 8: 8},
+        turns={1: 1, 8: 8},
         gamma_max=3,
         gamma=3,
         dtype="float32",
@@ -73,9 +73,9 @@ def sglang() -> Plan:
         max_tokens=48,
         options={"--enable-metrics": ""},
         changes={
-            "training": {"min_rows": 3000, "budget_s": 90.0, "cool_down_s": 5.0, "short_window": 24},
-            "samples": {"held_out_fraction": 0.35, "shard_age_s": 4.0, "shard_rows": 1024},
-            "gate": {"min_requests": 20, "min_tokens": 800},
+            "training": {"min_rows": 2000, "budget_s": 60.0, "cool_down_s": 5.0, "short_window": 24},
+            "samples": {"held_out_fraction": 0.35, "shard_age_s": 4.0, "shard_rows": 512},
+            "gate": {"min_requests": 15, "min_tokens": 500},
         },
     )
 
