@@ -3,26 +3,32 @@
 `python -m bench.engines.cost`. Stock vLLM servers and servers with tided in them answer the same prompts to the same number of tokens,
 in interleaved turns on the same core; tided, Valkey and the collector, which take what is tapped, run on the other core.
 
-    tap     both draft 3 tokens a step with the same trained draft; one of them taps everything
+    tap     one server that drafts 3 tokens a step, with capture switched on and off between turns
+    plugin  the same server against stock vLLM with the same draft and 3 tokens
     nothing without a draft, against a draft that drafts nothing: with its forward in every step, and with the forward left out
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import tempfile
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench.configs import free_port, write_config
 from bench.control import Control
 from bench.drafts import code_draft, store_code_draft
+from bench.engines.rig import rig
 from bench.engines.servers import REST_S, Engine, service
+from bench.load import each
 from bench.model import DEFAULT
 from bench.report import Claim, Interval, at_most, paired_ratio, publish
-from bench.tap import MAX_CONTEXT, NEVER_ROWS, turns
+from bench.tap import MAX_CONTEXT, NEVER_ROWS, TURN_TOKENS, turns
+from bench.traffic import DOMAINS
 from tided.local import LocalStack, services
 
 GAMMA = 3
@@ -68,7 +74,33 @@ async def started(model: Path, engines: Sequence[Engine], policy: Mapping[str, A
 
 
 async def tap(model: Path) -> list[Claim]:
-    """Tokens/s lost by tapping everything."""
+    """Tokens/s lost by tapping everything: one server, whose samples are taken off the stream after each turn."""
+    claims: list[Claim] = []
+    async with rig(model, Engine("vllm", draft=code_draft(model).resolve()), "bfloat16") as started:
+        await started.peer.here()
+        await started.drafts(GAMMA)
+        source = DOMAINS["code"].endless("train")
+        for concurrency, pairs in PAIRS.items():
+            rates: dict[str, list[float]] = {"on": [], "off": []}
+            for turn in range(pairs):
+                prompts = [replace(prompt, max_tokens=TURN_TOKENS) for prompt in itertools.islice(source, concurrency)]
+                # Once unmeasured, so that a prefix cache serves both turns alike.
+                for name in ("unmeasured", "on", "off") if turn % 2 else ("unmeasured", "off", "on"):
+                    await started.peer.capture(name == "on")
+                    load = await each(started.url, prompts, concurrency, ignore_eos=True)
+                    if load.errors:
+                        raise RuntimeError(f"{load.errors} requests failed")
+                    started.peer.drain()
+                    if name in rates:
+                        rates[name].append(load.tokens_per_s)
+            cost = _lost(rates, "on", "off")
+            what = f"tokens/s lost by the tap, {GAMMA} drafted tokens, concurrency {concurrency}{_interval(cost)}"
+            claims.append(at_most(f"tap.{concurrency}", what, cost.median, 1.0, "%"))
+    return claims
+
+
+async def plugin(model: Path) -> list[Claim]:
+    """Tokens/s lost by all of tided in vLLM, tapping everything, against stock vLLM."""
     draft = code_draft(model).resolve()
     fixed = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": GAMMA}
     engines = (
@@ -80,8 +112,8 @@ async def tap(model: Path) -> list[Claim]:
         for concurrency, pairs in PAIRS.items():
             rates = await turns(urls, concurrency, pairs, REST_S)
             cost = _lost(rates, "on", "off")
-            what = f"tokens/s lost by the tap, {GAMMA} drafted tokens, concurrency {concurrency}{_interval(cost)}"
-            claims.append(at_most(f"tap.{concurrency}", what, cost.median, 1.0, "%"))
+            what = f"tokens/s lost to stock vLLM, {GAMMA} drafted tokens, tapping, concurrency {concurrency}{_interval(cost)}"
+            claims.append(Claim(f"plugin.{concurrency}", what, cost.median, "%"))
     return claims
 
 
@@ -116,7 +148,7 @@ def _interval(cost: Interval) -> str:
     return f" (95% {cost.low:.1f}..{cost.high:.1f})"
 
 
-PARTS = {"tap": tap, "nothing": nothing}
+PARTS = {"tap": tap, "plugin": plugin, "nothing": nothing}
 
 
 def main() -> None:

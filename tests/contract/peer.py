@@ -103,7 +103,7 @@ class Peer:
 
     def tapped(self, prompt: Sequence[int]) -> list[Tapped]:
         """What arrived so far of the requests with this prompt, in the order of their first chunks."""
-        self._drain()
+        self.drain()
         group = prompt_group(np.array(prompt, dtype="<i4").tobytes())
         return [request for known, request in self._requests.values() if known == group]
 
@@ -116,7 +116,8 @@ class Peer:
 
         return await eventually(check, PATIENCE_S)
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Take what waits off the stream."""
         stream, credit = keys.samples(self.engine), keys.credit(self.engine)
         for entry, fields in cast("list[Any]", self.client.xrange(stream)):
             header, payload = decode_header(fields[b"h"]), fields[b"p"]
