@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -83,6 +83,18 @@ def show(name: str, claims: Sequence[Claim], console: Console | None = None) -> 
         met = {None: "", True: "[green]yes[/green]", False: "[red]NO[/red]"}[claim.met]
         table.add_row(claim.what, f"{_number(claim.value)} {claim.unit}".strip(), claim.goal or "", met)
     (console or Console()).print(table)
+
+
+def one_of(known: Iterable[str]) -> Callable[[str], str]:
+    """An argument's type: one of these words. (argparse's own choices refuse a default of several.)"""
+    names = list(known)
+
+    def check(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+        return text
+
+    return check
 
 
 def publish(name: str, claims: Sequence[Claim], *, keep: bool = False) -> None:

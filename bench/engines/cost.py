@@ -26,7 +26,7 @@ from bench.engines.rig import rig
 from bench.engines.servers import REST_S, Engine, service
 from bench.load import each
 from bench.model import DEFAULT
-from bench.report import Claim, Interval, at_most, paired_ratio, publish
+from bench.report import Claim, Interval, at_most, one_of, paired_ratio, publish
 from bench.tap import MAX_CONTEXT, NEVER_ROWS, TURN_TOKENS, turns
 from bench.traffic import DOMAINS
 from tided.local import LocalStack, services
@@ -154,7 +154,7 @@ PARTS = {"tap": tap, "plugin": plugin, "nothing": nothing}
 def main() -> None:
     """Measure and publish, part by part."""
     parser = argparse.ArgumentParser(prog="python -m bench.engines.cost", description=__doc__)
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("parts", nargs="*", type=one_of(PARTS), default=list(PARTS))
     parser.add_argument("--model", type=Path, default=DEFAULT)
     options = parser.parse_args()
     for name in options.parts:

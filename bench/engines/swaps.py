@@ -23,7 +23,7 @@ from bench.engines.servers import Engine
 from bench.identity import TIE_GAP, gaps_of
 from bench.load import NO_CAPTURE, Answer, client, each, longest_gap
 from bench.model import DEFAULT
-from bench.report import Claim, at_least, at_most, publish
+from bench.report import Claim, at_least, at_most, one_of, publish
 from bench.swap import second_draft
 from bench.traffic import DOMAINS, Prompt
 from tided.draft import checkpoint
@@ -188,7 +188,7 @@ def _silences(answers: Sequence[Answer], seconds: float) -> list[float]:
 def main() -> None:
     """Measure and publish; each kind's claims beside the other's."""
     parser = argparse.ArgumentParser(prog="python -m bench.engines.swaps", description=__doc__)
-    parser.add_argument("kinds", nargs="*", default=["vllm"], choices=list(PROMPTS))
+    parser.add_argument("kinds", nargs="*", type=one_of(PROMPTS), default=["vllm"])
     parser.add_argument("--model", type=Path, default=DEFAULT)
     options = parser.parse_args()
     for kind in options.kinds:

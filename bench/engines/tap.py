@@ -23,7 +23,7 @@ from bench.engines.rig import Rig, drafted_by, rig
 from bench.engines.servers import Engine
 from bench.load import client
 from bench.model import DEFAULT
-from bench.report import Claim, at_least, at_most, publish
+from bench.report import Claim, at_least, at_most, one_of, publish
 from bench.traffic import DOMAINS
 from tests.contract.peer import Tapped
 from tests.support import eventually
@@ -208,7 +208,7 @@ def _claims(
 def main() -> None:
     """Measure and publish; each kind's claims beside the other's."""
     parser = argparse.ArgumentParser(prog="python -m bench.engines.tap", description=__doc__)
-    parser.add_argument("kinds", nargs="*", default=["vllm"], choices=list(DTYPES))
+    parser.add_argument("kinds", nargs="*", type=one_of(DTYPES), default=["vllm"])
     parser.add_argument("--model", type=Path, default=DEFAULT)
     options = parser.parse_args()
     for kind in options.kinds:

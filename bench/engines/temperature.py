@@ -25,7 +25,7 @@ from bench.drafts import code_draft, store_code_draft
 from bench.engines.servers import Engine, service
 from bench.load import Answer, ask, client
 from bench.model import DEFAULT
-from bench.report import Claim, at_least, at_most, publish
+from bench.report import Claim, at_least, at_most, one_of, publish
 from bench.tap import MAX_CONTEXT, NEVER_ROWS
 from bench.traffic import DOMAINS, Prompt
 from tests.contract.peer import Peer
@@ -179,7 +179,7 @@ def claims_of(arm: Arm, seen: Seen) -> list[Claim]:
 def main() -> None:
     """Measure and publish, arm by arm."""
     parser = argparse.ArgumentParser(prog="python -m bench.engines.temperature", description=__doc__)
-    parser.add_argument("arms", nargs="*", default=["stock", "mended"], choices=list(ENVIRONMENT))
+    parser.add_argument("arms", nargs="*", type=one_of(ENVIRONMENT), default=list(ENVIRONMENT))
     parser.add_argument("--model", type=Path, default=DEFAULT)
     options = parser.parse_args()
     for arm in options.arms:
