@@ -62,8 +62,8 @@ def sglang() -> Plan:
     return Plan(
         kind="sglang",
         parts=(
-            Part("learn", "code", 390, (TIDED,), 60.0, 30.0),
-            Part("drift", "french", 420, (STATIC, TIDED), 60.0, 30.0),
+            Part("learn", "code", 240, (TIDED,), 45.0, 20.0),
+            Part("drift", "french", 300, (STATIC, TIDED), 45.0, 20.0),
         ),
         turns={1: 1, 8: 8},
         gamma_max=3,
