@@ -14,7 +14,7 @@ from tests.tiny import make_target
 from tided.api.client import Client
 from tided.config import Config, load
 from tided.local import LocalStack, Service
-from tided.model.records import DeploymentState, JobKind
+from tided.model.records import DeploymentState
 from tided.model.status import EngineStatus, Status
 from tided.store.samples import SampleStore, Split
 
@@ -109,13 +109,11 @@ def engine_of(status: Status, name: str) -> EngineStatus:
 
 
 async def training(client: Client) -> bool:
-    """Whether the shared target's job has begun, and the other target has samples too."""
+    """Whether the shared target's training has begun, and the other target has samples too."""
     status = await asyncio.to_thread(client.status)
-    jobs = [job for job in status.active_jobs if job.spec.kind is JobKind.TRAIN]
-    return bool(jobs) and any(
-        engine.info.engine == "odd" and engine.training.rows > 0 and engine.samples.in_flight == 0
-        for engine in status.engines
-    )
+    events = await asyncio.to_thread(client.events, "0", 1000)
+    begun = any(event.kind == "training-started" for event in events)
+    return begun and engine_of(status, "odd").training.rows > 0
 
 
 async def shared(client: Client) -> bool:
