@@ -2,7 +2,7 @@
 
 It turns on above 1 + margin, off below 1 + margin - hysteresis, changes from one gamma to another only for a gain above the
 hysteresis, and at most once in `dwell_steps` engine steps. A new version is judged at once. Where the newest counts surely differ from
-the longer memory, they are believed (`Evidence`).
+the longer memory, they are believed (`Evidence`). T(n) follows the steps that are served (`Calibration`).
 
 While nothing is drafted there is no acceptance signal, so now and then it drafts one token, until `probe_steps` of them were judged:
 gamma = 0 is never a trap. After each probe it waits for so long that probes cost no more than the share `probe_loss` of the time, and
@@ -16,6 +16,7 @@ from typing import Self
 from tided.config import SpeculationConfig
 from tided.model.errors import Refused
 from tided.policies.base import BatchChoice, SpeculationDecision, SpeculationObservation
+from tided.policies.calibration import Calibration
 from tided.policies.choice import Held, Rule, could_pay, predictions
 from tided.policies.evidence import Evidence, LossAccount, figures, lost_s
 from tided.policies.speedup import Acceptance
@@ -39,6 +40,7 @@ class ThresholdState:
     stopped: bool = False
     evidence: Evidence = field(default_factory=Evidence)
     account: LossAccount = field(default_factory=LossAccount)
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,12 @@ class ThresholdPolicy:
             # What is known of its acceptance needs no probe at once.
             due_s = seen.now_s if seen.acceptance.alpha is None else seen.now_s + self.probe_every_s
             held = Held((0,) * seen.max_batch)
-            state = ThresholdState(seen.version, held, seen.now_s, due_s)
+            state = ThresholdState(seen.version, held, seen.now_s, due_s, calibration=state.calibration)
+        calibration = state.calibration
+        if calibration is None or calibration.profile != seen.profile:
+            calibration = Calibration.of(seen.profile, seen.now_s)
+        calibration = calibration.add(seen.now_s, seen.measured)
+        seen, state = replace(seen, profile=calibration.corrected()), replace(state, calibration=calibration)
         state, lost = self._learn(state, seen)
         acceptance = state.evidence.best(seen.acceptance)
         rule = Rule(self.margin, self.hysteresis, self.dwell_steps)
