@@ -31,7 +31,7 @@ from bench.traffic import DOMAINS, Prompt
 from tests.contract.peer import Peer
 from tided.config import Config
 from tided.local import LocalStack, services
-from tided.model.records import JobKind, VerificationState
+from tided.model.records import JobKind
 from tided.policies.faults import accepted_at
 
 Arm = Literal["stock", "mended"]
