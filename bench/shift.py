@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import itertools
 import shutil
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -23,12 +22,11 @@ from bench.load import Traffic
 from bench.model import DEFAULT
 from bench.shift_plan import Phase, Places, Plan, smoke
 from bench.shift_report import write_report
-from bench.study import digest_of, end_in_order_on_sigterm, noting, prompts_of, timeline, unless_ended
+from bench.study import digest_of, noting, prompts_of, run, timeline, unless_ended
 from bench.traffic import Prompt
 from bench.turns import TurnLog, take_turns
 from tided.local import LocalStack
 from tided.model.codec import to_plain
-from tided.model.errors import TideError
 
 MEASURE_STRIDE = 300
 """Each phase's measurement prompts begin this far behind those of the phase before, so that a domain's return meets new ones."""
@@ -160,14 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if identity_part is not None:
         shutil.rmtree(places.work)
-    end_in_order_on_sigterm()
-    try:
-        path = asyncio.run(study(plan, places))
-    except TideError as exc:
-        sys.exit(f"error: {exc}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; run it again to go on with the parts that are missing")
-    print(f"report: {path}")
+    print(f"report: {run(study(plan, places))}")
 
 
 if __name__ == "__main__":

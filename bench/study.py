@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import signal
+import sys
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import asynccontextmanager
@@ -77,10 +78,19 @@ async def unless_ended(stack: LocalStack, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(working, ended, return_exceptions=True)
 
 
-def end_in_order_on_sigterm() -> None:
-    """SIGTERM ends the program as Ctrl-C does, which an asynchronous one takes as cancellation; also where a shell had SIGINT ignored."""
+def run(study: Coroutine[Any, Any, T]) -> T:
+    """A study to its end. What is wrong, or that it was stopped, ends the program with a line that says so.
+
+    SIGTERM stops it as Ctrl-C does, also where a shell had SIGINT ignored.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        return asyncio.run(study)
+    except TideError as exc:
+        sys.exit(f"error: {exc}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; run it again to go on with the parts that are missing")
 
 
 @dataclass(frozen=True)

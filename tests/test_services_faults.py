@@ -11,7 +11,6 @@ from tests.conftest import Valkey
 from tests.control import Control, leading, settings, store_samples
 from tests.engine_double import EngineDouble, describe_double, running_double
 from tests.support import eventually
-from tests.tiny import make_draft, make_target
 from tided.model.records import Capability, Evaluation, Job, JobKind, JobResult, JobState, SamplingScore
 from tided.policies.faults import WINDOW, Comparison, Verdict
 from tided.policies.speedup import expected_length
@@ -24,6 +23,9 @@ ENGINE = "double"
 HOUR_MS = 3_600_000
 NOW_MS = 1_700_000_000_000
 """When the double's requests are reported: long ago, so that "since" is theirs."""
+
+
+pytest_plugins = ("tests.tiny_fixtures",)
 
 
 @dataclass
@@ -89,22 +91,12 @@ def score(temperature: float, alpha: float, likeliest: float = 0.0) -> SamplingS
     return SamplingScore(temperature, (50.0,) * 20, (accepted,) * 20, (alpha,) * 4, (likeliest,) * 4)
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_target(tmp_path_factory.mktemp("target") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def draft(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
-    return make_draft(target, tmp_path_factory.mktemp("drafts") / "0", draft_vocab=64)
-
-
 @pytest.fixture
-async def scene(valkey: Valkey, tmp_path: Path, target: Path, draft: Path) -> AsyncIterator[Scene]:
+async def scene(valkey: Valkey, tmp_path: Path, target: Path, first: Path) -> AsyncIterator[Scene]:
     training: dict[str, object] = {"min_rows": 400, "fault_check_s": 0.001}
     async with AsyncExitStack() as stack:
         control = await stack.enter_async_context(leading(valkey, settings(tmp_path, target, training=training)))
-        engine = await stack.enter_async_context(running_double(valkey, describe_double(target, draft)))
+        engine = await stack.enter_async_context(running_double(valkey, describe_double(target, first)))
         scene = Scene(control, engine, target)
         await eventually(scene.captures)
         yield scene

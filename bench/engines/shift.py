@@ -18,7 +18,6 @@ import asyncio
 import itertools
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,13 +32,12 @@ from bench.engines.shift_plan import NONE, OWN, PLANS, STATIC, TIDED, Part, Plan
 from bench.engines.shift_report import write_report
 from bench.load import NO_CAPTURE, Traffic, client, each
 from bench.model import DEFAULT
-from bench.study import Parts, digest_of, end_in_order_on_sigterm, noting, prompts_of, timeline, unless_ended
+from bench.study import Parts, digest_of, noting, prompts_of, run, timeline, unless_ended
 from bench.traffic import Prompt
 from bench.turns import Measured, Pair, TurnLog
 from tided.config import Config
 from tided.local import LocalStack, services
 from tided.model.codec import to_plain
-from tided.model.errors import TideError
 from tided.model.records import EngineInfo
 
 MEASURE_STRIDE = 500
@@ -299,13 +297,7 @@ def main() -> None:
     options = parser.parse_args()
     plan, places = PLANS[options.plan](), Places(options.plan)
     if not options.report:
-        end_in_order_on_sigterm()
-        try:
-            asyncio.run(study(plan, places, options.model))
-        except TideError as exc:
-            sys.exit(f"error: {exc}")
-        except KeyboardInterrupt:
-            sys.exit("stopped; run it again to go on with the parts that are missing")
+        run(study(plan, places, options.model))
     print(f"report: {places.report(plan)}")
 
 
