@@ -32,8 +32,8 @@ class Plan:
 
     parts: tuple[Part, ...] = (
         Part("learn", "code", 540, (NONE, TIDED), 45.0, 15.0),
-        Part("settled", "code", 330, ARMS, 8.0, 8.0),
-        Part("drift", "french", 780, ARMS, 45.0, 10.0),
+        Part("settled", "code", 420, ARMS, 8.0, 8.0),
+        Part("drift", "french", 900, ARMS, 45.0, 10.0),
     )
     turns: Mapping[int, int] = field(default_factory=lambda: {1: 3, 8: 16, 16: 32})
     adapt_concurrency: int = 8
