@@ -12,6 +12,7 @@ ENGINES = (
     "engines.tap",
     "engines.tap sglang",
     "engines.cost",
+    "engines.speedup",
     "engines.temperature",
     "engines.swaps",
     "engines.swaps sglang",

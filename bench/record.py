@@ -6,9 +6,9 @@ Reads the engine's reports from Redis, and nothing else: no tokens, no text. `ti
 import argparse
 import asyncio
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from tided.config import Config, load
 from tided.model.errors import NotFound, Refused, TideError
@@ -21,20 +21,26 @@ from tided.store.engines import EngineStore
 POLL_S = 0.5
 
 
-async def record(redis_url: str, engine: str, seconds: float, name: str, about: str) -> Trace:
-    """The trace of the next `seconds` of `engine`. Raises `TideError`."""
+async def record(redis_url: str, engine: str, meanwhile: Coroutine[Any, Any, None], name: str, about: str) -> Trace:
+    """The trace of what `engine` serves while `meanwhile` runs. Raises `TideError`, and what `meanwhile` raises."""
     redis = connect(redis_url)
+    task: asyncio.Task[None] | None = None
     try:
         store = EngineStore(redis)
         _, cursor = await store.observations(engine)
         reports: list[Observation] = []
-        until_s = time.monotonic() + seconds
-        while time.monotonic() < until_s:
-            await asyncio.sleep(POLL_S)
+        task = asyncio.create_task(meanwhile)
+        ended = False
+        while not ended:
+            ended = bool((await asyncio.wait({task}, timeout=POLL_S))[0])
             found, cursor = await store.observations(engine, cursor)
             reports += found
+        task.result()
         return recorded(name, about, await _info(store, engine), reports)
     finally:
+        if task is not None:
+            task.cancel()
+        meanwhile.close()
         await redis.aclose()
 
 
@@ -59,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not given.file.name.endswith(SUFFIX):
             raise Refused(f"{given.file}: a trace's name ends in {SUFFIX}")
         name = given.file.name.removesuffix(SUFFIX)
-        trace = asyncio.run(record(config.redis_url, given.engine, given.seconds, name, given.about))
+        trace = asyncio.run(record(config.redis_url, given.engine, asyncio.sleep(given.seconds), name, given.about))
         save(trace, given.file)
     except TideError as exc:
         sys.exit(f"error: {exc}")

@@ -11,9 +11,16 @@ from bench.engines.servers import replaced
 from bench.engines.shift import frozen, ranges
 from bench.engines.shift_plan import ARMS, NONE, TIDED, Plan, sglang
 from bench.engines.shift_report import claims_of, throughput_ratio
+from bench.engines.speedup import FULL, order
+from bench.engines.speedup_report import cells_of, pairs_of
+from bench.engines.speedup_report import claims_of as speedup_claims
+from bench.engines.traces import RECORDED
 from bench.load import Answer, longest_gap
 from bench.traffic import DOMAINS
 from bench.turns import Measured, Pair
+from tided.model.codec import to_plain
+from tided.model.records import LatencyProfile, StepCounts
+from tided.policies.speedup import step_s
 
 PLAN = Plan()
 SAMPLES = {"tapped": 100, "stored": 90, "shed": 4, "lost": 0, "in_flight": 6}
@@ -133,3 +140,83 @@ def test_on_sglang_nothing_is_said_about_speed() -> None:
     ids = [claim.id for claim in claims_of(plan, [raw])]
     assert "drift.length.tided.1" in ids
     assert not [id for id in ids if id.startswith(("drift.tided", "drift.static", "drift.worst", "run.static"))]
+
+
+PROFILE = LatencyProfile((1, 2, 4, 8, 20), (0.04, 0.042, 0.05, 0.06, 0.1), (1, 2, 4), (0.002, 0.0025, 0.003))
+
+
+def played(batch: int, gamma: int, at_ms: int, slower: float = 1.0) -> dict[str, Any]:
+    """A turn whose steps take what PROFILE says, or `slower` times as long; half of what is drafted is right, at every depth."""
+    left, accepted = 64 * batch, list[int]()
+    for _ in range(gamma):
+        accepted.append(left // 2)
+        left -= left // 2
+    full = StepCounts(batch, gamma, 64, 64 * slower * step_s(PROFILE, batch, gamma), (*accepted, left))
+    other_s = 30 * slower * step_s(PROFILE, batch - 1 or 3, gamma)
+    others = StepCounts(batch - 1 or 3, gamma, 30, other_s, (90,) + (0,) * gamma)  # not at this turn's batch size
+    steps = [to_plain(full), to_plain(others)]
+    return {"batch": batch, "gamma": gamma, "tokens_per_s": 1.0, "reports": [{"at_ms": at_ms, "steps": steps}]}
+
+
+def speedup_part(slower: float = 1.0) -> dict[str, Any]:
+    """Three rounds. Steps that draft take `slower` times what the profile says."""
+    rounds = [
+        {
+            "batch": batch,
+            "turns": [
+                played(batch, gamma, 1000 * (100 * number + 10 * batch + index), slower if gamma else 1.0)
+                for index, gamma in enumerate(order(FULL.gammas, number))
+            ],
+        }
+        for number in range(3)
+        for batch in (1, 2, 4)
+    ]
+    return {"profile": to_plain(PROFILE), "rounds": rounds}
+
+
+def test_every_turn_that_drafts_stands_between_two_that_do_not() -> None:
+    assert order((1, 2), 0) == [0, 1, 0, 2, 0]
+    assert order((1, 2), 1) == [0, 2, 0, 1, 0]
+
+
+def test_an_engine_that_does_what_its_profile_says_is_predicted() -> None:
+    cells = cells_of(pairs_of([speedup_part()]))
+    assert [(cell.batch, cell.gamma) for cell in cells] == [(b, g) for b in (1, 2, 4) for g in (1, 2, 3, 4)]
+    for cell in cells:
+        length = sum(0.5**k for k in range(cell.gamma + 1))
+        step = step_s(PROFILE, cell.batch, 0) / step_s(PROFILE, cell.batch, cell.gamma)
+        assert cell.measured == pytest.approx(length * step, rel=0.01)
+        assert abs(cell.error) < 0.01
+        assert abs(cell.step) < 1e-9
+        assert cell.low <= cell.measured <= cell.high
+        assert cell.pairs == 3
+    claims = {claim.id: claim for claim in speedup_claims(cells)}
+    assert claims["speedup.median"].met is True
+    assert claims["speedup.worst"].met is True
+
+
+def test_steps_that_take_longer_than_the_profile_says_are_an_error_that_use_puts_right() -> None:
+    cells = cells_of(pairs_of([speedup_part(1.15)]))
+    assert all(cell.error == pytest.approx(0.15, abs=0.02) for cell in cells)
+    assert all(cell.step == pytest.approx(1 / 1.15 - 1, abs=1e-6) for cell in cells)
+    claims = {claim.id: claim for claim in speedup_claims(cells)}
+    assert claims["speedup.median"].met is False
+    assert claims["speedup.worst"].met is False
+    before, after = (float(str(claims[f"speedup{which}.median"].value)) for which in ("", ".calibrated"))
+    assert after < 0.8 * before
+
+
+def test_a_turn_that_never_filled_its_batch_is_no_figure() -> None:
+    part = speedup_part()
+    part["rounds"][0]["turns"][0]["reports"][0]["steps"] = []
+    with pytest.raises(ValueError, match="batch 1 was never full while 0 tokens"):
+        pairs_of([part])
+
+
+def test_recorded_traffic_is_bounded_and_keeps_its_shape_when_shortened() -> None:
+    for traffics in RECORDED.values():
+        assert sum(stage.seconds for stage in traffics.stages) < 500
+        assert max(stage.concurrency for stage in traffics.stages) <= 16
+        short = traffics.shortened(10.0)
+        assert sum(stage.seconds for stage in short.stages) == pytest.approx(10.0)
+        assert [stage.concurrency for stage in short.stages] == [stage.concurrency for stage in traffics.stages]

@@ -89,9 +89,9 @@ async def test_the_tool_reads_reports_from_redis(valkey: Valkey, tmp_path: Path)
 
     async with anyio.create_task_group() as group:
         group.start_soon(reporting)
-        save(await tool.record(valkey.url, "local", 1.5, "x", ""), tmp_path / f"x{SUFFIX}")
+        save(await tool.record(valkey.url, "local", anyio.sleep(1.5), "x", ""), tmp_path / f"x{SUFFIX}")
         with pytest.raises(NotFound):
-            await tool.record(valkey.url, "other", 0.1, "x", "")
+            await tool.record(valkey.url, "other", anyio.sleep(0.1), "x", "")
         group.cancel_scope.cancel()
     await redis.aclose()
     assert set(load(tmp_path / f"x{SUFFIX}").batch.tolist()) == {1}

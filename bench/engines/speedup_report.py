@@ -31,7 +31,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Pair:
-    """A turn that drafted, its neighbours that did not, and what was known before it: the profile as it was measured when the engine started,
+    """A turn that drafted, its neighbours that did not, and what was known before it: the profile as the engine measured it at its start,
     and as tided had put it right by then."""
 
     batch: int
@@ -44,7 +44,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Cell:
-    """Errors are predicted over measured, less one. `step_0` and `step` are those of the two step times, `length` of the acceptance length."""
+    """Errors are predicted over measured, less one. `step_0` and `step` are those of the step times without drafting and with,
+    `length` that of the acceptance length."""
 
     batch: int
     gamma: int
