@@ -19,6 +19,7 @@ from tests.tiny import VOCAB, make_draft, make_target
 from tided.draft import checkpoint
 from tided.engine.plugin import Faults, plain_temperature
 from tided.engine.tap import Tap, TapSettings
+from tided.engine.vllm import counts as vllm_counts
 from tided.engine.vllm import worker
 from tided.engine.vllm.boundary import StepBoundary
 from tided.engine.vllm.capture import Capture, Ending, StepRows
@@ -297,6 +298,30 @@ def test_counts_of_a_mixed_step() -> None:
     assert counts.take() == ((), ())
     assert scheduler.update_from_output("broken", output) == "updated"
     assert faults.total == 1
+
+
+def test_a_step_lasts_from_the_end_of_the_one_that_it_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM does between two steps is counted; an engine that had nothing to do is not."""
+    clock = 0.0
+    monkeypatch.setattr(vllm_counts, "time", SimpleNamespace(perf_counter=lambda: clock))
+    scheduler = FakeScheduler()
+    counts = SchedulerCounts(scheduler, Faults(), lambda: "v")
+    for name in ("a", "b", "c", "d"):
+        scheduler.add(name, 1)
+    output = SimpleNamespace(sampled_token_ids=[[7], [7], [7], [7]], req_id_to_index={"a": 0, "b": 1, "c": 2, "d": 3})
+    for scheduled_s, updated_s, running in ((10.0, 12.0, ["a"]), (13.0, 15.0, []), (99.0, 100.0, [])):
+        clock = scheduled_s
+        step = scheduler.schedule()
+        clock, scheduler.running = updated_s, running
+        scheduler.update_from_output(step, output)
+    steps, _ = counts.take()
+    shares = {
+        1: 1 / 12,
+        2: 6 / 12,
+    }  # of a step's twelve tokens: "c" decodes one, "a" and "b" verify two each; "d" is at its prompt
+    assert {item.batch: item.seconds for item in steps} == pytest.approx(
+        {batch: share * (2.0 + 3.0 + 1.0) for batch, share in shares.items()}
+    )
 
 
 @pytest.mark.parametrize(

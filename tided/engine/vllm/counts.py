@@ -21,6 +21,16 @@ class _Counts:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Requests that verified `gamma` drafted tokens in one step, by the tokens accepted of each. `share`: of the step's tokens, those of
+    these requests: a step may compute prompts as well."""
+
+    gamma: int
+    accepted: list[int]
+    share: float
+
+
 @dataclass(slots=True)
 class _Request:
     spec_steps: int = 0
@@ -45,6 +55,7 @@ class SchedulerCounts:
         self._requests: dict[str, _Request] = {}
         self._began_s: dict[int, float] = {}  # by id of the scheduler output
         self._ended_s = 0.0
+        self._goes_on = False  # requests were left to run when the newest step ended
         self.scheduled = 0  # steps so far, whoever they were for
         self.proposed = -1  # tokens that the newest step was to draft for the next; -1: not known
         self.paused = False  # while a profile runs requests of its own
@@ -75,7 +86,8 @@ class SchedulerCounts:
         original = self._scheduler.schedule
 
         def schedule(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
+            # From the end of the step before, where one follows the other: what vLLM does between them is time that requests wait, too.
+            began = self._ended_s if self._goes_on else time.perf_counter()
             output = original(*args, **kwargs)
             self.scheduled += 1
             self.proposed = getattr(output, "num_spec_tokens_to_schedule", -1)
@@ -89,14 +101,14 @@ class SchedulerCounts:
         original = self._scheduler.update_from_output
 
         def update_from_output(scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any) -> Any:
-            batches: list[tuple[tuple[int, int], float]] = []
+            batches: list[_Batch] = []
             if not self.paused:
                 try:
-                    batches = self._count(scheduler_output, model_runner_output)
+                    batches = self._batches(scheduler_output, model_runner_output)
                 except Exception as exc:  # noqa: BLE001 - counting must never disturb a step
                     self._faults.note(PLACE, exc)
             result = original(scheduler_output, model_runner_output, *args, **kwargs)
-            self._time(scheduler_output, batches)
+            self._count(scheduler_output, batches)
             return result
 
         self._scheduler.update_from_output = update_from_output
@@ -114,15 +126,12 @@ class SchedulerCounts:
 
         self._scheduler._free_request = free_request
 
-    def _count(self, scheduled: Any, output: Any) -> list[tuple[tuple[int, int], float]]:
-        """Count the tokens accepted by each decoding request; those that verify equally many drafted tokens together are one batch.
-
-        Gives each such batch with its share of the step's tokens: a step may compute prompts as well.
-        """
+    def _batches(self, scheduled: Any, output: Any) -> list[_Batch]:
+        """The decoding requests of a step with the tokens accepted by each; those that verify equally many drafted tokens are one batch."""
         sampled = output.sampled_token_ids
         if not sampled:
             return []
-        accepted: defaultdict[int, list[tuple[str, int]]] = defaultdict(list)
+        accepted: defaultdict[int, list[int]] = defaultdict(list)
         for request_id, tokens in scheduled.num_scheduled_tokens.items():
             request = self._scheduler.requests.get(request_id)
             emitted = sampled[output.req_id_to_index[request_id]]
@@ -130,29 +139,26 @@ class SchedulerCounts:
                 continue
             drafts = len(scheduled.scheduled_spec_decode_tokens.get(request_id, ()))
             if drafts or (request.num_output_tokens and tokens == 1):
-                invalid = (scheduled.num_invalid_spec_tokens or {}).get(request_id, 0)
-                accepted[drafts - invalid].append((request_id, len(emitted) - 1))
+                gamma = drafts - (scheduled.num_invalid_spec_tokens or {}).get(request_id, 0)
+                accepted[gamma].append(len(emitted) - 1)
+                if gamma:
+                    self._requests.setdefault(request_id, _Request()).add(gamma, len(emitted) - 1)
         total = sum(scheduled.num_scheduled_tokens.values())
-        batches: list[tuple[tuple[int, int], float]] = []
-        with self._lock:
-            for gamma, requests in accepted.items():
-                counts = self._counts.setdefault((len(requests), gamma), _Counts([0] * (gamma + 1)))
-                counts.steps += 1
-                for request_id, tokens in requests:
-                    counts.accepted[tokens] += 1
-                    if gamma:
-                        self._requests.setdefault(request_id, _Request()).add(gamma, tokens)
-                batches.append(((len(requests), gamma), len(requests) * (gamma + 1) / total))
-        return batches
+        return [_Batch(gamma, tokens, len(tokens) * (gamma + 1) / total) for gamma, tokens in accepted.items()]
 
-    def _time(self, scheduled: Any, batches: list[tuple[tuple[int, int], float]]) -> None:
-        """A step's seconds: since it was scheduled or, where steps overlap, since the one before ended."""
+    def _count(self, scheduled: Any, batches: list[_Batch]) -> None:
+        """A step's batches with its seconds: since it was scheduled or, where steps overlap, since the one before ended."""
         now = time.perf_counter()
         began, self._ended_s = max(self._began_s.pop(id(scheduled), now), self._ended_s), now
+        self._goes_on = bool(self._scheduler.running)
         with self._lock:
-            for key, share in batches:
-                if key in self._counts:  # a report may have taken it in between
-                    self._counts[key].seconds += (now - began) * share
+            for batch in batches:
+                key = len(batch.accepted), batch.gamma
+                counts = self._counts.setdefault(key, _Counts([0] * (batch.gamma + 1)))
+                counts.steps += 1
+                counts.seconds += (now - began) * batch.share
+                for tokens in batch.accepted:
+                    counts.accepted[tokens] += 1
 
     def _finish(self, request: Any) -> None:
         counts = self._requests.pop(request.request_id, None) or _Request()
