@@ -63,7 +63,7 @@ bench-loop: model ## the study, then what the loop costs
 bench-shift: model ## the study of shifting traffic, at most 30 minutes
 	@$(PY) -m bench shift
 
-bench-engines: model engines ## real vLLM and SGLang servers: tap, swaps, cost, shifting traffic (two hours, in parts)
+bench-engines: model engines ## real vLLM and SGLang servers: tap, swaps, cost, Eq. 5, shifting traffic (three hours, in parts)
 	@$(PY) -m bench engines
 
 bench-policy: setup ## policies over generated and recorded traffic in virtual time; what a decision costs

@@ -1,0 +1,47 @@
+"""The traces that are shipped: bounded, as README.md lists them, and of use to every policy."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.engines.traces import MAX_BATCH, RECORDED
+from bench.policy import TRACES
+from tided.config import SpeculationConfig
+from tided.replay.compare import POLICIES, compare
+from tided.replay.trace import SUFFIX, Trace, load
+
+MOST_BYTES = 300_000
+
+
+@pytest.fixture(scope="module", params=list(RECORDED))
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def trace(name: str) -> Trace:
+    return load(TRACES / f"{name}{SUFFIX}")
+
+
+def test_what_is_shipped_is_what_is_recorded_and_listed() -> None:
+    shipped = {path.name for path in TRACES.glob(f"*{SUFFIX}")}
+    assert shipped == {f"{name}{SUFFIX}" for name in RECORDED}
+    listed = Path("traces/README.md").read_text(encoding="utf-8")
+    assert [name for name in shipped if f"`{name}`" not in listed] == []
+
+
+def test_a_trace_is_small_and_says_what_it_is(name: str, trace: Trace) -> None:
+    assert (TRACES / f"{name}{SUFFIX}").stat().st_size <= MOST_BYTES
+    header, planned = trace.header, RECORDED[name]
+    assert (header.name, header.about, header.regime) == (name, planned.about, planned.regime)
+    assert (header.gamma_max, header.max_batch) == (4, MAX_BATCH)
+    assert header.duration_s == pytest.approx(sum(stage.seconds for stage in planned.stages), rel=0.15)
+    assert int(trace.batch.max()) == max(stage.concurrency for stage in planned.stages)
+    assert set(trace.prefix.tolist()) == set(range(header.gamma_max + 1))
+
+
+def test_no_policy_is_slower_than_no_speculation_on_it(trace: Trace) -> None:
+    found = compare(trace, [*POLICIES, "always-off", "clairvoyant"], SpeculationConfig())
+    for driver in POLICIES:
+        assert found.of(driver).over_none >= 0.98, driver
+    assert found.of("clairvoyant").over_none >= max(found.of(driver).over_none for driver in POLICIES) - 0.01
