@@ -6,10 +6,11 @@ n = b x (gamma + 1) tokens plus one proposal of gamma tokens; the proposals are 
 measurement gives up.
 """
 
+import itertools
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -22,8 +23,9 @@ from tided.model.ids import new_id
 from tided.model.records import LatencyProfile
 
 CONTEXT = 96
-REPEATS = 5
-WARM_UP = 2
+PASSES = 3
+REPEATS = 3
+WARM_UP = 1  # the first step after a change still verifies what was drafted before it
 MAX_BATCH = 32
 _PREFILL_STEPS = 400
 
@@ -37,20 +39,17 @@ def measure(
     """
     if core.scheduler.has_requests():
         raise Unavailable("the engine is serving; a profile is measured only while nothing runs")
-    gamma_max, max_batch = schedule.gamma_max, min(int(core.scheduler.max_num_running_reqs), MAX_BATCH)
+    max_batch = min(int(core.scheduler.max_num_running_reqs), MAX_BATCH)
+    batches = sorted({1, max_batch, *(2**k for k in range(1, 6) if 2**k < max_batch)})
     target_s: defaultdict[int, list[float]] = defaultdict(list)
     draft_s: defaultdict[int, list[float]] = defaultdict(list)
     before = schedule.gammas
     with _undisturbed(core, counts):
         try:
-            for batch in sorted({1, max_batch, *(2**k for k in range(1, 6) if 2**k < max_batch)}):
-                with _requests(core, batch, gamma_max):
-                    for gamma in range(gamma_max + 1):
-                        schedule.set((gamma,))
-                        for seconds, drafting_s in _steps(core, batch, interrupted):
-                            target_s[batch * (gamma + 1)].append(seconds - drafting_s)
-                            if gamma:
-                                draft_s[batch].append(drafting_s / gamma)
+            for batch, gamma, seconds, drafting_s in _samples(core, schedule, batches, interrupted):
+                target_s[batch * (gamma + 1)].append(seconds - drafting_s)
+                if gamma:
+                    draft_s[batch].append(drafting_s / gamma)
         finally:
             schedule.set(before)
     return LatencyProfile(
@@ -60,6 +59,19 @@ def measure(
         draft_s=tuple(statistics.median(draft_s[b]) for b in sorted(draft_s)),
         idle_drafts=0.0 if draft_rests else 1.0,
     )
+
+
+def _samples(
+    core: Any, schedule: Schedule, batches: Sequence[int], interrupted: Callable[[], bool]
+) -> Iterator[tuple[int, int, float, float]]:
+    """(batch size, drafted tokens, seconds of a step, of the proposal in it). Every shape in several passes: what disturbs the machine
+    for a moment then spoils a few steps of each of them, and not all of one."""
+    for batch, _ in itertools.product(batches, range(PASSES)):
+        with _requests(core, batch, schedule.gamma_max):
+            for gamma in range(schedule.gamma_max + 1):
+                schedule.set((gamma,))
+                for seconds, drafting_s in _steps(core, batch, interrupted):
+                    yield batch, gamma, seconds, drafting_s
 
 
 def _steps(core: Any, batch: int, interrupted: Callable[[], bool]) -> Iterator[tuple[float, float]]:
