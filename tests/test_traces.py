@@ -35,7 +35,8 @@ def test_a_trace_is_small_and_says_what_it_is(name: str, trace: Trace) -> None:
     header, planned = trace.header, RECORDED[name]
     assert (header.name, header.about, header.regime) == (name, planned.about, planned.regime)
     assert (header.gamma_max, header.max_batch) == (4, MAX_BATCH)
-    assert header.duration_s == pytest.approx(sum(stage.seconds for stage in planned.stages), rel=0.15)
+    asked_s = sum(stage.seconds for stage in planned.stages)
+    assert 0.9 * asked_s <= header.duration_s <= 1.6 * asked_s  # a stage ends with the last of its requests
     assert int(trace.batch.max()) == max(stage.concurrency for stage in planned.stages)
     assert set(trace.prefix.tolist()) == set(range(header.gamma_max + 1))
 
