@@ -15,7 +15,7 @@ from tided.draft import checkpoint
 from tided.draft.checkpoint import Checkpoint
 from tided.draft.eagle3 import Eagle3
 from tided.model.errors import Refused
-from tided.model.records import Evaluation, JobResult, JobSpec, Progress
+from tided.model.records import Candidate, Evaluation, JobResult, JobSpec, Progress
 from tided.training.chains import chains_of
 from tided.training.data import Run, read_runs, split_validation
 from tided.training.evaluate import evaluate
@@ -72,7 +72,8 @@ def train(spec: JobSpec, out_dir: Path, report: Report) -> JobResult:
 
 
 def score(spec: JobSpec, report: Report) -> JobResult:
-    """Run a score job: `candidate` is the evaluation of the job's draft on its held-out shards, `chains` what its groups must give.
+    """Run a score job: `candidate` is the evaluation of the job's draft on its held-out shards, `chains` what its groups must give,
+    `scores` the evaluations of its candidates on the same requests.
 
     With a `mix` it is about what is served, not about this draft against another: then no prompt is taken before any other, and the
     answers to one that came often are not all taken.
@@ -97,9 +98,26 @@ def score(spec: JobSpec, report: Report) -> JobResult:
     chains = (
         chains_of(draft, _previous(spec), held_out, frozen, Path(spec.target_dir), spec.gamma) if spec.groups else ()
     )
+    scores: list[Evaluation] = []
+    for number, other in enumerate(spec.candidates, 1):
+        report(Progress(number / (1 + len(spec.candidates)), f"scoring {other.version[:12]}"))
+        source = _read(other)
+        shared = frozen if source.vocab_id == draft.vocab_id else frozen.for_draft(Path(spec.target_dir), source)
+        scores.append(_score(source, held_out, shared, spec.gamma, options))
     return JobResult(
-        version=draft.version, candidate=evaluation, seconds=time.monotonic() - started, chains=tuple(chains)
+        version=draft.version,
+        candidate=evaluation,
+        seconds=time.monotonic() - started,
+        chains=tuple(chains),
+        scores=tuple(scores),
     )
+
+
+def _read(candidate: Candidate) -> Checkpoint:
+    source = checkpoint.load(Path(candidate.path))
+    if source.version != candidate.version:
+        raise Refused(f"{candidate.path}: is draft {source.version[:12]}, not {candidate.version[:12]}")
+    return source
 
 
 def _previous(spec: JobSpec) -> Checkpoint | None:
