@@ -51,7 +51,9 @@ class Collection:
     low: tuple[str, ...] = ()  # engines whose trend was below its threshold when last judged
     drifts: int = 0
     drifts_seen: int = 0  # of these, when the newest training began
-    drifts_answered: int = 0  # of these, when the newest training that gave a verdict began
+    drifts_answered: int = (
+        0  # of these, when the newest training that gave a verdict began, or a pooled draft came back
+    )
     deployed: int = 0
     trainings: int = 0
     not_before_ms: int = 0  # the cool-down's end
@@ -102,11 +104,21 @@ class TrainingEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class DriftAnswered:
+    """The first `drifts` drifts are answered without a training: a draft of an earlier domain serves. A level, not a difference."""
+
+    now_ms: int
+    drifts: int
+
+
+@dataclass(frozen=True, slots=True)
 class TimePassed:
     now_ms: int
 
 
-CollectionEvent = RowsStored | TrendJudged | TrainingRequested | JobSubmitted | TrainingEnded | TimePassed
+CollectionEvent = (
+    RowsStored | TrendJudged | TrainingRequested | JobSubmitted | TrainingEnded | DriftAnswered | TimePassed
+)
 
 # --- actions ---
 
@@ -166,6 +178,8 @@ def step(state: Collection, event: CollectionEvent, rules: CollectionRules = DEF
             return (replace(state, job=job), ()) if state.phase is Phase.TRAINING else (state, ())
         case TrainingEnded():
             return _ended(state, event, rules) if state.phase is Phase.TRAINING else (state, ())
+        case DriftAnswered(_, drifts):
+            return _drift_answered(state, min(drifts, state.drifts)), ()
 
 
 def validate_state(state: Collection) -> None:
@@ -211,6 +225,13 @@ def _trend_judged(state: Collection, now_ms: int, low: tuple[str, ...]) -> Step:
         return judged, ()
     phase = Phase.TRAINING if in_training else Phase.COLLECTING
     return replace(judged, phase=phase, drifts=state.drifts + 1, since_ms=now_ms, rows=0), (AnnounceDrift(fell),)
+
+
+def _drift_answered(state: Collection, drifts: int) -> Collection:
+    """The next fall is a drift again."""
+    if drifts <= state.drifts_answered:
+        return state
+    return replace(state, low=(), drifts_answered=drifts, drifts_seen=max(drifts, state.drifts_seen))
 
 
 def _ended(state: Collection, event: TrainingEnded, rules: CollectionRules) -> Step:

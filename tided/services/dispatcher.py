@@ -19,6 +19,7 @@ from tided.machine.collection import (
     Collection,
     CollectionEvent,
     CollectionRules,
+    DriftAnswered,
     JobSubmitted,
     Outcome,
     Phase,
@@ -47,7 +48,7 @@ from tided.model.records import (
 from tided.services import gate
 from tided.services.context import Context
 from tided.services.deployer import Deployer
-from tided.services.pools import Heads, Member, Pool
+from tided.services.pools import Head, Heads, Member, Pool
 from tided.services.stock import Stock, Stockroom
 
 STATE = "collection"
@@ -99,19 +100,20 @@ class Dispatcher:
         target = pool.digest
         collection = await self.current(target)
         incumbent = await self._heads.incumbent(pool)
+        collection, _ = await self._apply(pool, collection, DriftAnswered(now_ms, pool.answered))
         collection, _ = await self._apply(pool, collection, TrendJudged(now_ms, _low(pool, collection, incumbent)))
-        stock = await self._stockroom.stock(target, collection.since_ms)
+        stock = await self._stockroom.stock(target, collection.since_ms, pool.domain)
         if self._context.training_for(target).enabled:
             rows = self._ripe_rows(pool, stock)
             collection, _ = await self._apply(pool, collection, RowsStored(now_ms, rows))
         if collection.phase is Phase.TRAINING:
             collection = await self._training(pool, collection, stock, now_ms)
-        return self._shown(target, collection, stock, pool.suspected)
+        return self._shown(target, collection, stock, _hindrance(pool))
 
     async def request(self, pool: Pool, event: CollectionEvent) -> Job:
         """An operator asks for a training. Raises `Conflict` when one is under way, `Refused` when there is nothing to train on."""
         collection = await self.current(pool.digest)
-        stock = await self._stockroom.stock(pool.digest, collection.since_ms)
+        stock = await self._stockroom.stock(pool.digest, collection.since_ms, pool.domain)
         counted, _ = await self._apply(pool, collection, RowsStored(event.now_ms, stock.fresh_rows))
         after, rejected = await self._apply(pool, counted, event)
         if rejected:
@@ -216,6 +218,8 @@ class Dispatcher:
         self, pool: Pool, collection: Collection, job: Job, draft: Draft, decision: gate.GateDecision, now_ms: int
     ) -> Collection:
         """Onto the busiest engine that serves what the gate compared with: there the watch says most, and soonest."""
+        if pool.hold:
+            return collection  # which draft shall serve is just being found out
         fit = [member for member in pool.members if member.view.info.version == job.spec.draft]
         if not fit:
             serves = pool.members[0].view.info.version[:12] or "no draft"
@@ -242,7 +246,7 @@ class Dispatcher:
         if not deployment.state.final:
             return collection
         if deployment.state is DeploymentState.LIVE:
-            await self._heads.move(pool.digest, deployment.version, deployment.created_ms)
+            await self._heads.move(pool.digest, Head(deployment.version, deployment.created_ms))
             why = f"{deployment.version[:12]} is live on {deployment.engine}"
             return await self._ended(pool, collection, job, Outcome.DEPLOYED, why, now_ms)
         blamed = (await anyio.to_thread.run_sync(self._context.drafts.get, deployment.version)).quarantined
@@ -254,7 +258,7 @@ class Dispatcher:
     ) -> Collection:
         """A cycle is over. Its samples go when they taught us something: consumed, a bounded part kept as replay."""
         if job is not None and outcome in (Outcome.DEPLOYED, Outcome.WORSE, Outcome.ROLLED_BACK):
-            await self._stockroom.retire(pool.digest, job.spec.shards)
+            await self._stockroom.retire(pool.digest, job.spec.shards, pool.domain, pool.domains)
         failpoints.hit("dispatcher.retired")
         await self._context.announce("training-ended", pool.target.name, f"{outcome}: {why}", job=collection.job)
         after, _ = await self._apply(pool, collection, TrainingEnded(now_ms, outcome))
@@ -309,15 +313,13 @@ class Dispatcher:
         )
 
     def _ripe_rows(self, pool: Pool, stock: Stock) -> int:
-        """Rows as the machine may count them: below its threshold until the gate could judge what comes out, and while an engine is
-        suspected: what it serves badly, no training mends."""
+        """Rows as the machine may count them: below its threshold until the gate could judge what comes out, and while something speaks
+        against any training."""
         least = self._context.training_for(pool.digest).min_rows
-        ripe = stock.judgeable and not pool.suspected
+        ripe = stock.judgeable and not _hindrance(pool)
         return stock.fresh_rows if ripe else min(stock.fresh_rows, least - 1)
 
-    def _shown(
-        self, target: str, collection: Collection, stock: Stock, suspected: tuple[str, ...] = ()
-    ) -> TrainingView:
+    def _shown(self, target: str, collection: Collection, stock: Stock, hindrance: str = "") -> TrainingView:
         settings = self._context.training_for(target)
         capture = settings.enabled and machine.capture_wanted(collection, self._rules(target))
         if not settings.enabled:
@@ -331,9 +333,16 @@ class Dispatcher:
                 reason = f"{stock.fresh_rows} of {settings.min_rows} rows"
                 if stock.fresh_rows >= settings.min_rows and not stock.judgeable:
                     reason += ", waiting for more held-out requests"
-                if suspected:
-                    reason += f", not training while a fault of {', '.join(suspected)} is suspected"
+                if hindrance:
+                    reason += f", not training while {hindrance}"
         return TrainingView(collection, stock, capture, reason)
+
+
+def _hindrance(pool: Pool) -> str:
+    """Why no training may begin now, or "": what a suspected engine serves badly, no training mends."""
+    if pool.suspected:
+        return f"a fault of {', '.join(pool.suspected)} is suspected"
+    return pool.hold
 
 
 def _low(pool: Pool, collection: Collection, incumbent: str) -> tuple[str, ...]:

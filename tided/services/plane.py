@@ -34,6 +34,7 @@ from tided.services.deployer import ROLLBACK, TALLY, Tally, check_fit
 from tided.services.dispatcher import TrainingView
 from tided.services.doctor import look_over
 from tided.services.monitor import EngineView
+from tided.services.pools import Head
 from tided.services.speculator import in_force
 from tided.store import purge
 from tided.store.ledger import read_ledger
@@ -163,7 +164,7 @@ class ControlPlane:
             begun = tuple([await self._begin(view, draft, "operator") for view in views])
             if engine is None:  # for those that come later, too
                 since_ms = min(deployment.created_ms for deployment in begun)
-                await self._controller.heads.move(draft.target, draft.version, since_ms)
+                await self._controller.heads.move(draft.target, Head(draft.version, since_ms))
             return begun
 
         return await self._audited("deploy", f"{ref} onto {engine or 'all that fit'}", actor, do)

@@ -19,23 +19,40 @@ from tided.services.monitor import EngineView
 STATE = "head"
 SHARED = "shared"
 """Reason of a deployment that brings an engine onto its target's head."""
+POOLED = "pool"
+"""The same where the head is a draft of an earlier domain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An engine that is in order, with its newest deployment. `suspected`: it accepts less than its draft could give."""
+    """An engine that is in order, with its newest deployment. `suspected`: it accepts less than its draft could give. `resting`: the
+    policy lets it draft nothing at the batch size that it runs."""
 
     view: EngineView
     deployment: Deployment | None
     suspected: bool = False
+    resting: bool = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether no deployment onto it is under way."""
+        return self.deployment is None or self.deployment.state.final
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The engines of a target that are connected and in order, by name; never none."""
+    """The engines of a target that are connected and in order, by name; never none.
+
+    What `tided.services.scout` says of them: `hold`, why no training may begin, or ""; `domain`, the number of the present one, 0 without
+    a pool of drafts, and `domains`, all that are known; `answered`, how many drifts were answered by going back to a pooled draft.
+    """
 
     target: Target
     members: tuple[Member, ...]
+    hold: str = ""
+    domain: int = 0
+    domains: frozenset[int] = frozenset({0})
+    answered: int = 0
 
     @property
     def digest(self) -> str:
@@ -53,10 +70,13 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """`since_ms`: a deployment that is older than this says nothing against the head."""
+    """`since_ms`: a deployment that is older than this says nothing against the head. `reason`: of the deployments that bring engines
+    onto it. `baseline_length`: of a pooled draft, the acceptance length that it has to beat."""
 
     version: str
     since_ms: int
+    reason: str = SHARED
+    baseline_length: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +86,7 @@ class Wanted:
     version: str
     reason: str = RESTART
     problem: str = ""
+    baseline_length: float = 0.0
 
 
 class Heads:
@@ -74,15 +95,18 @@ class Heads:
     def __init__(self, context: Context) -> None:
         self._context = context
 
-    async def move(self, target: str, version: str, since_ms: int) -> None:
+    async def move(self, target: str, head: Head) -> None:
         """Raises `Superseded`, `Unavailable`."""
         context = self._context
-        await context.state.put(STATE, target, Head(version, since_ms), context.leadership.require())
+        await context.state.put(STATE, target, head, context.leadership.require())
+
+    async def current(self, target: str) -> Head | None:
+        return await self._context.state.get(Head, STATE, target)
 
     async def incumbent(self, pool: Pool) -> str:
         """The version that the pool's next draft is to be better than: the head where an engine serves it, else what most serve."""
         served = Counter(member.view.info.version for member in pool.members)
-        head = await self._context.state.get(Head, STATE, pool.digest)
+        head = await self.current(pool.digest)
         draft = await self._good(head.version) if head is not None else None
         if draft is not None and draft.version in served:
             return draft.version
@@ -91,7 +115,7 @@ class Heads:
     async def wanted(self, view: EngineView, deployment: Deployment | None) -> Wanted:
         """What an engine without a deployment under way should serve."""
         own = Wanted(desired_version(deployment))
-        head = await self._context.state.get(Head, STATE, view.info.target.digest)
+        head = await self.current(view.info.target.digest)
         if head is None or Capability.SWAP not in view.info.capabilities:
             return own
         draft = await self._good(head.version)
@@ -106,7 +130,7 @@ class Heads:
             check_fit(view.info, draft)
         except Refused as exc:
             return Wanted(own.version, problem=f"engine {view.engine} cannot share its target's draft: {exc}")
-        return Wanted(draft.version, ROLLBACK if blamed else SHARED)
+        return Wanted(draft.version, ROLLBACK if blamed else head.reason, baseline_length=head.baseline_length)
 
     async def _good(self, version: str) -> Draft | None:
         """The version, or the nearest one that it descends from, that is not in quarantine."""

@@ -47,7 +47,7 @@ class Speculator:
     def _decide(
         self, view: EngineView, setting: PolicySetting, config: SpeculationConfig, now_s: float, *, watching: bool
     ) -> SpeculationDecision:
-        info, measured = view.info, view.told()
+        info, (measured, shadow) = view.info, view.told()
         before = self.problems.pop(view.engine, "")
         gamma_max = min(config.gamma_max, info.gamma_max)
         alpha = view.acceptance.alpha
@@ -68,6 +68,7 @@ class Speculator:
             max_batch=info.max_batch,
             gamma_max=gamma_max,
             eager=watching,
+            shadow=shadow,
         )
         try:
             policy = self._policy(config)
