@@ -33,11 +33,6 @@ class Member:
     suspected: bool = False
     resting: bool = False
 
-    @property
-    def settled(self) -> bool:
-        """Whether no deployment onto it is under way."""
-        return self.deployment is None or self.deployment.state.final
-
 
 @dataclass(frozen=True, slots=True)
 class Pool:
@@ -62,6 +57,11 @@ class Pool:
     def suspected(self) -> tuple[str, ...]:
         """Names of the engines among them that accept less than their draft could give."""
         return tuple(member.view.engine for member in self.members if member.suspected)
+
+    @property
+    def settled(self) -> bool:
+        """Whether no deployment is under way."""
+        return all(member.deployment is None or member.deployment.state.final for member in self.members)
 
     def can(self, capability: Capability) -> bool:
         """Whether all of them can."""

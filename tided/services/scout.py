@@ -149,9 +149,8 @@ class Scout:
 
     async def _begun(self, pool: Pool, scouting: Scouting, collection: Collection, now_ms: int) -> Scouting:
         """Take note of what serves, and of a question that has come up."""
-        settled = all(member.settled for member in pool.members)
         serving = await self._find(await self._heads.incumbent(pool))
-        if self._enabled and settled and scouting.stage is Stage.IDLE:
+        if self._enabled and pool.settled and scouting.stage is not Stage.SWITCHING:
             scouting = await self._accounted(scouting, serving, now_ms)
         drifted = collection.drifts > scouting.drifts
         if drifted and scouting.stage is not Stage.SWITCHING:
@@ -166,15 +165,15 @@ class Scout:
         others = scouting.domains.others(serving.version) if self._enabled else ()
         if drifted and others:
             # Samples of since the drift was noted, not since it was looked at: some may be there already.
-            return self._asking(scouting, Cause.DRIFT, collection.since_ms, serving.version, now_ms)
+            return self._asking(scouting, Cause.DRIFT, collection.since_ms, now_ms)
         since_asked_ms, every_ms = now_ms - scouting.asked_ms, self._shadow_every_ms(pool)
         if every_ms and since_asked_ms >= every_ms:
-            return self._asking(scouting, Cause.SHADOW, now_ms, serving.version, now_ms)
+            return self._asking(scouting, Cause.SHADOW, now_ms, now_ms)
         if collection.drifting and others and since_asked_ms >= self._context.config.pool.retry_s * 1000:
-            return self._asking(scouting, Cause.UNANSWERED, now_ms, serving.version, now_ms)
+            return self._asking(scouting, Cause.UNANSWERED, now_ms, now_ms)
         return scouting
 
-    def _asking(self, scouting: Scouting, cause: Cause, since_ms: int, serving: str, now_ms: int) -> Scouting:
+    def _asking(self, scouting: Scouting, cause: Cause, since_ms: int, now_ms: int) -> Scouting:
         deadline_ms = now_ms + round(self._context.config.pool.deadline_s * 1000)
         return replace(
             scouting,
@@ -183,7 +182,6 @@ class Scout:
             since_ms=since_ms,
             deadline_ms=deadline_ms,
             asked_ms=now_ms,
-            serving=serving,
         )
 
     def _shadow_every_ms(self, pool: Pool) -> int:
@@ -224,9 +222,10 @@ class Scout:
         newest = await self._stockroom.newest(
             pool.digest, scouting.since_ms, settings.min_rows, settings.min_requests, SCORED_TOKENS
         )
-        if newest is None or pool.suspected:
-            return scouting
-        scoring = replace(scouting, stage=Stage.SCORING, job=new_id("job"))
+        if newest is None or pool.suspected or not pool.settled:
+            return scouting  # what is deployed meanwhile may not stay
+        serving = await self._heads.incumbent(pool)
+        scoring = replace(scouting, stage=Stage.SCORING, job=new_id("job"), serving=serving)
         # The id first: a leader that goes on from here submits this very job.
         await self._put(pool, scouting, scoring)
         failpoints.hit("scout.submitting")
@@ -276,8 +275,8 @@ class Scout:
     # --- the answer ---
 
     async def _scored(self, pool: Pool, scouting: Scouting, job: Job, now_ms: int) -> Scouting:
-        if not all(member.settled for member in pool.members) and now_ms < scouting.deadline_ms:
-            return scouting  # what is deployed meanwhile may not stay
+        if not pool.settled and now_ms < scouting.deadline_ms:
+            return scouting
         result, serving = job.result, await self._heads.incumbent(pool)
         if result is None or result.candidate is None or serving != job.spec.draft or pool.suspected:
             return scouting.ended()
@@ -331,8 +330,7 @@ class Scout:
             return replace(scouting.ended(), domains=scouting.domains.unknown(scouting.serving))
         if serves:
             scouting = replace(scouting, answered=scouting.drifts)
-        settled = all(member.settled for member in pool.members)
-        return scouting.ended() if (serves and settled) or late else scouting
+        return scouting.ended() if (serves and pool.settled) or late else scouting
 
     async def _announce(
         self, pool: Pool, scouting: Scouting, choice: Choice, serving: Evaluation, domains: Domains
