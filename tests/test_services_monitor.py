@@ -7,6 +7,7 @@ import pytest
 from tests.fake_plane import DIGESTS, INFO
 from tided.backends.guarded import AbsentBackend
 from tided.model.records import Observation, StepCounts, TapTotals
+from tided.policies.speedup import Acceptance
 from tided.policies.training import AcceptanceTrend
 from tided.services.monitor import MOST_UNTOLD, EngineView, Watch
 

@@ -88,6 +88,15 @@ def workers(context: typer.Context, as_json: Json = False) -> None:
 
 
 @app.command()
+def pool(context: typer.Context, as_json: Json = False) -> None:
+    """The drafts by domain of each target, to go back to when traffic does."""
+    from tided.model.status import PoolStatus
+
+    render, answer = _get(context, "/v1/pools")
+    render.plain(answer) if as_json else render.pools(_records(PoolStatus, answer))
+
+
+@app.command()
 def doctor(
     context: typer.Context,
     engine: Annotated[str | None, typer.Argument(help="Of the engines only this one.")] = None,

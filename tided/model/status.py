@@ -66,6 +66,33 @@ class TrainingStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class DomainStatus:
+    """A kind of traffic and the draft that served it last. `length`: the acceptance length that this scored on samples of it; `scored`: on
+    those that the pool was last scored on, None if it was not among them. `reserve_rows`: stored rows that are kept to be replayed."""
+
+    number: int
+    draft: str  # "lineage@number", or ""
+    version: str
+    present: bool
+    length: float
+    scored: float | None
+    used_ms: int
+    uses: int
+    reserve_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """A target's pool of drafts by domain. `state`: "idle", "sampling", "scoring", "switching" or "off"."""
+
+    target: str
+    state: str
+    reason: str
+    scored_ms: int  # when the pool was last scored; 0: never
+    domains: tuple[DomainStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SampleTotals:
     """Rows of one engine since its incarnation began: tapped = stored + purged + shed + lost + unknown + in_flight.
 
@@ -117,3 +144,4 @@ class Status:
     active_jobs: tuple[Job, ...]  # queued or running
     drafts: int
     problems: tuple[str, ...] = ()
+    pools: tuple[PoolStatus, ...] = ()

@@ -28,7 +28,8 @@ from tided.model.records import (
     SpeculationMode,
     WorkerInfo,
 )
-from tided.model.status import Choice, EngineStatus, Explanation, SpeculationStatus, Status, TrainingStatus
+from tided.model.status import Choice, EngineStatus, Explanation, PoolStatus, SpeculationStatus, Status, TrainingStatus
+from tided.services import pooled
 from tided.services.controller import Controller
 from tided.services.deployer import ROLLBACK, TALLY, Tally, check_fit
 from tided.services.dispatcher import TrainingView
@@ -62,10 +63,10 @@ class ControlPlane:
         noted = (problem for source in told for problem in source.values())
         problems = [problem for problem in noted if problem]
         redis = controller.redis_problem or context.leadership.problem or "connected"
-        setting, engines, workers, jobs = PolicySetting(), (), (), ()
+        setting, engines, workers, jobs, pools = PolicySetting(), (), (), (), ()
         try:
             setting = await context.state.policy()
-            engines, workers = await self.engines(), await self.workers()
+            engines, workers, pools = await self.engines(), await self.workers(), await self.pools()
             jobs = tuple(await context.jobs.list(50, (JobState.QUEUED, JobState.RUNNING)))
         except Unavailable as exc:
             redis = str(exc)
@@ -87,6 +88,7 @@ class ControlPlane:
             active_jobs=jobs,
             drafts=len(await self.drafts()),
             problems=tuple(dict.fromkeys(problems)),
+            pools=pools,
         )
 
     async def engines(self) -> tuple[EngineStatus, ...]:
@@ -110,6 +112,9 @@ class ControlPlane:
 
     async def workers(self) -> tuple[WorkerInfo, ...]:
         return tuple(await self._context.workers.list())
+
+    async def pools(self) -> tuple[PoolStatus, ...]:
+        return await pooled.pools(self._context, self._controller.scout)
 
     async def policy(self) -> PolicySetting:
         return await self._context.state.policy()

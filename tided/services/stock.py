@@ -85,6 +85,13 @@ class Stockroom:
         """What is kept of each domain; some of it may have expired."""
         return await self._context.state.get(Replay, STATE, target) or Replay()
 
+    async def reserved(self, target: str) -> dict[int, int]:
+        """Rows that are kept of each domain."""
+        replay = await self.replay(target)
+        shards = await anyio.to_thread.run_sync(self._context.samples.shards, Split.TRAIN, target)
+        rows = {shard.path.name: shard.rows for shard in shards}
+        return {reserve.domain: sum(rows.get(name, 0) for name in reserve.names) for reserve in replay.reserves}
+
     async def newest(self, target: str, since_ms: int, scored: int, requests: int, most: int) -> Newest | None:
         """The newest shards of both sides that were made since `since_ms`, up to about `most` scored rows; None while there are fewer
         than `scored`, or fewer requests than `requests`. What is that new was never trained on."""
