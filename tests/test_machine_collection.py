@@ -11,6 +11,7 @@ from tided.machine.collection import (
     Collection,
     CollectionEvent,
     CollectionRules,
+    DriftAnswered,
     JobSubmitted,
     Outcome,
     Phase,
@@ -68,21 +69,22 @@ EVENTS: dict[str, CollectionEvent] = {
     "job-failed": TrainingEnded(NOW, Outcome.FAILED),
     "rolled-back": TrainingEnded(NOW, Outcome.ROLLED_BACK),
     "time": TimePassed(NOW),
+    "answered": DriftAnswered(NOW, 1),
 }
 
 C, T, X = Phase.COLLECTING, Phase.TRAINING, Phase.STOPPED
 # phase after each event, in the order of EVENTS
 PHASES = {
-    "cold": (T, C, C, C, T, C, C, C, C, C, C, C),
-    "full-cooling": (C, C, C, C, T, C, C, C, C, C, C, C),
-    "full": (T, C, C, C, T, C, C, C, C, C, C, T),
-    "training": (T, T, T, T, T, T, C, C, C, C, C, T),
-    "later": (T, C, C, C, T, C, C, C, C, C, C, C),
-    "retraining": (T, T, T, T, T, T, C, X, C, C, X, T),
-    "stopped": (X, X, C, X, X, X, X, X, X, X, X, X),
-    "stopped-low": (X, X, X, X, X, X, X, X, X, X, X, X),
-    "drifting": (T, C, C, C, T, C, C, C, C, C, C, C),
-    "drift-training": (T, T, T, T, T, T, C, X, C, C, X, T),
+    "cold": (T, C, C, C, T, C, C, C, C, C, C, C, C),
+    "full-cooling": (C, C, C, C, T, C, C, C, C, C, C, C, C),
+    "full": (T, C, C, C, T, C, C, C, C, C, C, T, C),
+    "training": (T, T, T, T, T, T, C, C, C, C, C, T, T),
+    "later": (T, C, C, C, T, C, C, C, C, C, C, C, C),
+    "retraining": (T, T, T, T, T, T, C, X, C, C, X, T, T),
+    "stopped": (X, X, C, X, X, X, X, X, X, X, X, X, X),
+    "stopped-low": (X, X, X, X, X, X, X, X, X, X, X, X, X),
+    "drifting": (T, C, C, C, T, C, C, C, C, C, C, C, C),
+    "drift-training": (T, T, T, T, T, T, C, X, C, C, X, T, T),
 }
 
 
@@ -102,6 +104,15 @@ def test_the_whole_table(state: str, event: str) -> None:
         assert isinstance(actions[0], Reject)
     if began:
         assert after.trainings == before.trainings + 1
+
+
+def test_a_drift_that_a_pooled_draft_answered_needs_no_training_and_the_next_one_counts() -> None:
+    after, actions = step(DRIFTING, DriftAnswered(NOW, 1), RULES)
+    assert (after.drifting, after.drifts, after.low, actions) == (False, 1, (), ())
+    assert step(after, DriftAnswered(NOW, 1), RULES) == (after, ())  # a level
+    assert step(after, DriftAnswered(NOW, 9), RULES) == (after, ())  # never more than there were
+    again, actions = step(after, TrendJudged(NOW, LOW), RULES)
+    assert (again.drifts, actions) == (2, (AnnounceDrift(LOW),))
 
 
 def test_the_recipe_follows_from_what_came_before() -> None:
@@ -215,6 +226,10 @@ class AnyHistory(RuleBasedStateMachine):
     def ended(self, outcome: Outcome) -> None:
         self.happen(TrainingEnded(self.now_ms, outcome))
         self.training = False
+
+    @rule(drifts=st.integers(0, 5))
+    def answered(self, drifts: int) -> None:
+        self.happen(DriftAnswered(self.now_ms, drifts))
 
     @rule(ms=st.sampled_from([1, 999, 5_000]))
     def time_passes(self, ms: int) -> None:

@@ -133,7 +133,7 @@ class Scene:
 @pytest.fixture
 async def scene(valkey: Valkey, tmp_path: Path, target: Path, first: Path) -> AsyncIterator[Scene]:
     async with AsyncExitStack() as stack:
-        pool = {"retry_s": 600.0}
+        pool: dict[str, object] = {"retry_s": 600.0}
         control = await stack.enter_async_context(leading(valkey, settings(tmp_path, target, pool=pool)))
         day, night = (
             store_draft(control, variant(first, tmp_path / name, seed), target)

@@ -22,7 +22,7 @@ from tided.draft.reference import FILE
 from tided.draft.target import describe
 from tided.model.codec import from_plain, to_plain
 from tided.model.errors import Refused
-from tided.model.records import JobKind, JobResult, JobSpec, Progress, Recipe
+from tided.model.records import Candidate, JobKind, JobResult, JobSpec, Progress, Recipe
 from tided.training.__main__ import EXIT_REFUSED, main
 from tided.training.data import mix, read_runs, read_shard, split_validation
 from tided.training.options import options_for
@@ -102,6 +102,20 @@ def test_score(spec: JobSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     status, lines = run(replace(spec, kind=JobKind.SCORE, shards=()), tmp_path, capsys)
     assert status == 0
     assert result_of(lines).candidate == result_of(trained).incumbent
+
+
+def test_candidates_are_scored_beside_it(spec: JobSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the same requests and each with its own vocabulary, as if it had been scored alone."""
+    options = spec.options | {"passes": 1, "adapt_vocabulary": True}
+    trained = result_of(run(replace(spec, options=options), tmp_path, capsys)[1])
+    same = Path(spec.draft_dir)
+    others = (Candidate(trained.version, trained.staged), Candidate(checkpoint.version_of(same), str(same)))
+    scoring = replace(spec, kind=JobKind.SCORE, shards=(), candidates=others)
+    result = result_of(run(scoring, tmp_path, capsys)[1])
+    assert result.scores == (trained.candidate, trained.incumbent)
+    assert result.candidate == trained.incumbent
+    wrong = replace(scoring, candidates=(Candidate("0" * 64, str(same)),))
+    assert "not 000000000000" in refused(wrong, tmp_path, capsys)
 
 
 def test_score_by_temperature(spec: JobSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
