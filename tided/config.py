@@ -163,7 +163,8 @@ class SpeculationConfig(_Section):
 class TrainingConfig(_Section):
     """When to train (Algorithm 1) and with what.
 
-    `fault_check_s`: how often, at most, the served draft is scored to see whether the engine accepts what it could; 0 is never.
+    `fault_check_s`: how often, at most, the served draft is scored to see whether the engine accepts what it could, when nothing has
+    fallen; 0 is never. `fault_wait_s`: how long training waits for the score that explains a fall.
     """
 
     enabled: bool = True
@@ -177,6 +178,7 @@ class TrainingConfig(_Section):
     max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
     draft_vocab: Annotated[int, Field(ge=64)] = 8192
     fault_check_s: Annotated[float, Field(ge=0)] = 300.0
+    fault_wait_s: Annotated[float, Field(ge=0)] = 120.0
 
     @model_validator(mode="after")
     def _check_windows(self) -> Self:

@@ -76,10 +76,11 @@ class RowsStored:
 
 @dataclass(frozen=True, slots=True)
 class TrendJudged:
-    """The engines for which short < long - epsilon now."""
+    """The engines whose acceptance is below what it was, by the traffic, as far as is known. `since_ms`: when that began, 0 for now."""
 
     now_ms: int
     low: tuple[str, ...]
+    since_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +159,8 @@ def step(state: Collection, event: CollectionEvent, rules: CollectionRules = DEF
             return _train_if_due(replace(state, rows=rows), now_ms, rules)
         case TimePassed(now_ms):
             return _train_if_due(state, now_ms, rules)
-        case TrendJudged(now_ms, low):
-            return _trend_judged(state, now_ms, low)
+        case TrendJudged(now_ms, low, since_ms):
+            return _trend_judged(state, max(min(since_ms or now_ms, now_ms), state.since_ms), low)
         case TrainingRequested():
             return _requested(state)
         case JobSubmitted(_, job):
@@ -201,7 +202,7 @@ def _requested(state: Collection) -> Step:
     return _train(state)
 
 
-def _trend_judged(state: Collection, now_ms: int, low: tuple[str, ...]) -> Step:
+def _trend_judged(state: Collection, since_ms: int, low: tuple[str, ...]) -> Step:
     """A drift is noted as one engine's acceptance falls below the threshold, and once only until a training has answered it: a trend that
     stays low, or hovers, must neither train for ever nor push the start of its samples ahead of itself."""
     fell = tuple(engine for engine in low if engine not in state.low)
@@ -210,7 +211,7 @@ def _trend_judged(state: Collection, now_ms: int, low: tuple[str, ...]) -> Step:
     if not fell or state.drifts > (state.drifts_seen if in_training else state.drifts_answered):
         return judged, ()
     phase = Phase.TRAINING if in_training else Phase.COLLECTING
-    return replace(judged, phase=phase, drifts=state.drifts + 1, since_ms=now_ms, rows=0), (AnnounceDrift(fell),)
+    return replace(judged, phase=phase, drifts=state.drifts + 1, since_ms=since_ms, rows=0), (AnnounceDrift(fell),)
 
 
 def _ended(state: Collection, event: TrainingEnded, rules: CollectionRules) -> Step:

@@ -409,6 +409,7 @@ class Verification:
     referenced: bool = False  # whether reference states were at hand
     draft: str = ""  # the version that served when it was probed
     accepted: bool = False  # whether enough was accepted to tell that this version serves
+    doubted: bool = False  # what it taps is in question again, though it has passed
     checks: tuple[Check, ...] = ()
 
 

@@ -181,10 +181,13 @@ class Controller:
         if problem or not trust.granted:
             await self._capture(view, False, done)
             return problem
-        suspected = self.faults.warnings.get(view.engine, "")
         if deployment is None or deployment.state.final:
-            suspected = await self.faults.reconcile(view, context.target_of(view.info.target), now_ms)
-        sound.append(Member(view, deployment, bool(suspected)))
+            suspicion = await self.faults.reconcile(view, context.target_of(view.info.target), now_ms)
+            if suspicion.questioned:
+                await self.selftest.doubt(view, suspicion.onset_ms, now_ms)
+        else:
+            suspicion = await self.faults.current(view.engine)
+        sound.append(Member(view, deployment, suspicion))
         return ""
 
     async def _announce_schedule(self, view: EngineView, decision: SpeculationDecision) -> None:

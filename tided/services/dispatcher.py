@@ -99,14 +99,15 @@ class Dispatcher:
         target = pool.digest
         collection = await self.current(target)
         incumbent = await self._heads.incumbent(pool)
-        collection, _ = await self._apply(pool, collection, TrendJudged(now_ms, _low(pool, collection, incumbent)))
+        low = _low(pool, collection, incumbent)
+        collection, _ = await self._apply(pool, collection, TrendJudged(now_ms, low, _since_ms(pool, low)))
         stock = await self._stockroom.stock(target, collection.since_ms)
         if self._context.training_for(target).enabled:
             rows = self._ripe_rows(pool, stock)
             collection, _ = await self._apply(pool, collection, RowsStored(now_ms, rows))
         if collection.phase is Phase.TRAINING:
             collection = await self._training(pool, collection, stock, now_ms)
-        return self._shown(target, collection, stock, pool.suspected)
+        return self._shown(target, collection, stock, pool)
 
     async def request(self, pool: Pool, event: CollectionEvent) -> Job:
         """An operator asks for a training. Raises `Conflict` when one is under way, `Refused` when there is nothing to train on."""
@@ -310,16 +311,17 @@ class Dispatcher:
 
     def _ripe_rows(self, pool: Pool, stock: Stock) -> int:
         """Rows as the machine may count them: below its threshold until the gate could judge what comes out, and while an engine is
-        suspected: what it serves badly, no training mends."""
+        suspected, or may be: what it serves badly, no training mends."""
         least = self._context.training_for(pool.digest).min_rows
-        ripe = stock.judgeable and not pool.suspected
+        ripe = stock.judgeable and not pool.suspected and not pool.questioned
         return stock.fresh_rows if ripe else min(stock.fresh_rows, least - 1)
 
-    def _shown(
-        self, target: str, collection: Collection, stock: Stock, suspected: tuple[str, ...] = ()
-    ) -> TrainingView:
+    def _shown(self, target: str, collection: Collection, stock: Stock, pool: Pool | None = None) -> TrainingView:
         settings = self._context.training_for(target)
-        capture = settings.enabled and machine.capture_wanted(collection, self._rules(target))
+        suspected, questioned = (pool.suspected, pool.questioned) if pool is not None else ((), ())
+        # Without samples nobody can say whether an engine is at fault, or no more.
+        asked = bool(suspected or questioned)
+        capture = settings.enabled and (asked or machine.capture_wanted(collection, self._rules(target)))
         if not settings.enabled:
             return TrainingView(collection, stock, capture, "training is disabled in the configuration")
         match collection.phase:
@@ -331,21 +333,28 @@ class Dispatcher:
                 reason = f"{stock.fresh_rows} of {settings.min_rows} rows"
                 if stock.fresh_rows >= settings.min_rows and not stock.judgeable:
                     reason += ", waiting for more held-out requests"
-                if suspected:
-                    reason += f", not training while a fault of {', '.join(suspected)} is suspected"
+        if collection.phase is not Phase.TRAINING and suspected:
+            reason += f", not training while a fault of {', '.join(suspected)} is suspected"
+        elif collection.phase is not Phase.TRAINING and questioned:
+            reason += f", not training until a score says why the acceptance of {', '.join(questioned)} has fallen"
         return TrainingView(collection, stock, capture, reason)
 
 
 def _low(pool: Pool, collection: Collection, incumbent: str) -> tuple[str, ...]:
     """Engines whose acceptance has drifted. Only one that serves the incumbent can be judged now; of others it stays as it was. What
-    falls at an engine that is suspected is no drift."""
+    falls at an engine is no drift until it is known that the engine is not the cause."""
     judged = {
-        member.view.engine: member.view.trend.drifting and not member.suspected
+        member.view.engine: member.suspicion.drifted
         for member in pool.members
         if member.view.trend.version == member.view.info.version == incumbent
     }
     unchanged = [engine for engine in collection.low if engine not in judged]
     return tuple(sorted([*unchanged, *(engine for engine, drifting in judged.items() if drifting)]))
+
+
+def _since_ms(pool: Pool, low: tuple[str, ...]) -> int:
+    """When the first of these began to fall, 0 if that is not known: what was captured meanwhile is of the new traffic."""
+    return min((m.suspicion.onset_ms for m in pool.members if m.view.engine in low and m.suspicion.onset_ms), default=0)
 
 
 def _canary(pool: Pool, job: Job, result: JobResult) -> Deployment | None:

@@ -6,12 +6,13 @@ more: then it is the nearest version from which it descends that is good.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anyio.to_thread
 
 from tided.model.errors import Refused
 from tided.model.records import Capability, Deployment, Draft
+from tided.policies.suspicion import Suspicion
 from tided.services.context import Context, Target
 from tided.services.deployer import RESTART, ROLLBACK, check_fit, desired_version
 from tided.services.monitor import EngineView
@@ -23,11 +24,11 @@ SHARED = "shared"
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An engine that is in order, with its newest deployment. `suspected`: it accepts less than its draft could give."""
+    """An engine that is in order, with its newest deployment, and what its acceptance gives reason to suspect."""
 
     view: EngineView
     deployment: Deployment | None
-    suspected: bool = False
+    suspicion: Suspicion = field(default_factory=Suspicion)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,12 @@ class Pool:
     @property
     def suspected(self) -> tuple[str, ...]:
         """Names of the engines among them that accept less than their draft could give."""
-        return tuple(member.view.engine for member in self.members if member.suspected)
+        return tuple(member.view.engine for member in self.members if member.suspicion.suspected)
+
+    @property
+    def questioned(self) -> tuple[str, ...]:
+        """Names of those whose acceptance has fallen, it is not known why."""
+        return tuple(member.view.engine for member in self.members if member.suspicion.questioned)
 
     def can(self, capability: Capability) -> bool:
         """Whether all of them can."""

@@ -1,0 +1,311 @@
+"""Has the traffic moved, or is the engine at fault? One engine's newest fall of acceptance, and what has been found out about it.
+
+A fall alone says neither. So it opens a question, and while that is open nothing is trained: the draft that serves is scored on what was
+captured since the fall began, and the answer is DRIFT when it scores as low as it serves, FAULT when it scores surely more. A fall
+is the trend's (`tided.policies.training`) or newest requests that are surely below what the draft is expected to give: what its gate's
+evaluation said of greedy requests, or what its own newest score said. Where the speculation policy has stopped drafting meanwhile,
+too little is served to compare; then it is DRIFT if the score has fallen by most of what the trend has. A question that
+nobody could answer in time is answered LATE, and taken for drift: a missing worker must not keep a target from training for ever.
+
+Without a fall the draft is scored now and then all the same, one temperature after the other.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from math import sqrt
+
+from tided.model.records import Evaluation, SamplingScore
+from tided.policies.faults import (
+    MARGIN,
+    MIN_PROMPTS,
+    MIN_SCORED_STEPS,
+    SURE,
+    Comparison,
+    ServedClass,
+    ServedClasses,
+    Verdict,
+    accepted_at,
+    compare,
+    ratio,
+)
+from tided.policies.speedup import alpha_from_length
+
+NEWEST = 16
+"""Requests of one temperature that are held against what is expected."""
+EXPLAINED = 0.7
+"""Share of the trend's fall that the score's must reach to be its cause."""
+LATEST = 4
+"""Requests on each side, at least, of the moment at which acceptance fell."""
+RESPITE = 10
+"""Once training has waited for an answer in vain it waits for none, for so many times as long."""
+RARE = 0.01
+"""Share of the requests below which a temperature is hardly served any more."""
+
+
+class Answer(StrEnum):
+    NONE = ""  # nothing has fallen
+    OPEN = "open"
+    DRIFT = "drift"
+    FAULT = "fault"
+    LATE = "late"
+
+
+@dataclass(frozen=True, slots=True)
+class Fall:
+    """A temperature (None: not told) whose acceptance is below its long average: the trend's two averages of alpha."""
+
+    temperature: float | None
+    short: float
+    long: float
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the draft is expected to give at a temperature. `error`: its standard error, as a share; `own`: by a score on this engine's
+    samples, and not by its gate's evaluation, which is of all engines of the target."""
+
+    temperature: float
+    conditional: tuple[float, ...]
+    error: float
+    own: bool = False
+
+    @classmethod
+    def by_gate(cls, evaluation: Evaluation) -> "Expected":
+        """Of greedy requests: the evaluation is greedy."""
+        accepted = [(length - 1.0) * n for length, n in zip(evaluation.lengths, evaluation.tokens, strict=True)]
+        mean, error = ratio(accepted, [float(n) for n in evaluation.tokens])
+        return cls(0.0, evaluation.conditional, error / mean if mean > 0.0 else 0.0)
+
+    @classmethod
+    def by_score(cls, score: SamplingScore) -> "Expected":
+        mean, error = ratio(score.accepted, score.steps)
+        return cls(score.temperature, score.conditional, error / mean if mean > 0.0 else 0.0, own=True)
+
+    @property
+    def alpha(self) -> float:
+        gamma = len(self.conditional)
+        return alpha_from_length(1.0 + accepted_at(self.conditional, gamma), gamma)
+
+    def missed_by(self, served: ServedClass) -> bool:
+        """Whether the newest requests surely accept less."""
+        newest = [stats for _, stats in served.whole][-NEWEST:]
+        if len(newest) < NEWEST:
+            return False
+        steps = [float(stats.spec_steps) for stats in newest]
+        got, error = ratio([float(stats.accepted) for stats in newest], steps)
+        could = sum(
+            n * accepted_at(self.conditional, s.drafted / s.spec_steps) for n, s in zip(steps, newest, strict=True)
+        )
+        could /= sum(steps)
+        return could - got > max(MARGIN * could, SURE * sqrt(error**2 + (could * self.error) ** 2))
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """What is known of one version in one life of an engine.
+
+    `job`: the score under way; `temperature`: of the newest that was asked for; `since_ms`: of the requests and samples that it is
+    about. `low`: temperatures that are below their trend or their expectation. `fell_ms`: when the oldest fall that no score has answered was
+    noticed, 0 for none; `onset_ms`: when the newest began, by the requests; `fell`: its temperatures. `suspected`: by temperature, as
+    last judged.
+    """
+
+    incarnation: str = ""
+    version: str = ""
+    job: str = ""
+    temperature: float = -1.0
+    since_ms: int = 0
+    asked_ms: int = 0
+    suspected: tuple[Comparison, ...] = ()
+    expected: tuple[Expected, ...] = ()
+    low: tuple[float, ...] = ()
+    trending: bool = False  # whether the trend is among what fell
+    fell: tuple[float, ...] = ()
+    fell_ms: int = 0
+    onset_ms: int = 0
+    answer: Answer = Answer.NONE
+
+    @property
+    def questioned(self) -> bool:
+        """Whether a fall waits for its explanation."""
+        return self.answer is Answer.OPEN
+
+    @property
+    def drifted(self) -> bool:
+        """Whether the traffic has moved, as far as anybody can say."""
+        return self.answer in (Answer.DRIFT, Answer.LATE)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """`every_ms`: between two scores without a fall, 0 for none at all; `again_ms`: between two while a question is open; `wait_ms`: how
+    long training waits for the answer."""
+
+    every_ms: int = 300_000
+    again_ms: int = 10_000
+    wait_ms: int = 120_000
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A score that could say something: of requests and samples since then."""
+
+    temperature: float
+    since_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What is to be told: of a comparison, or (None) that a question found no answer in time."""
+
+    kind: str
+    found: Comparison | None = None
+
+
+def look(
+    state: Suspicion, served: ServedClasses, falls: Sequence[Fall], now_ms: int, rules: Rules, *, judgeable: bool
+) -> tuple[Suspicion, tuple[News, ...]]:
+    """Take in what is low now. `judgeable`: the engine can be scored at all."""
+    falls = [fall for fall in falls if fall.temperature is None or not _rare(served, fall.temperature)]
+    if not judgeable or not rules.every_ms:
+        return replace(state, low=(), suspected=(), answer=Answer.LATE if falls else Answer.NONE), ()
+    trending = {fall.temperature for fall in falls if fall.temperature is not None}
+    missed = {e.temperature for e in state.expected if (s := served.classes.get(e.temperature)) and e.missed_by(s)}
+    low = tuple(sorted(trending | missed))
+    suspected = tuple(found for found in state.suspected if not _rare(served, found.temperature))
+    after, news = replace(state, low=low, suspected=suspected), list[News]()
+    if after.answer is Answer.FAULT and not suspected:
+        after = replace(after, answer=Answer.NONE)
+    if after.answer is not Answer.FAULT:
+        if set(low) - set(state.low) and after.answer is not Answer.OPEN:
+            onset_ms = max(_onset_ms(served.classes[at], now_ms, trending=at in trending) for at in low)
+            waiting = after.fell_ms and now_ms - after.fell_ms < (1 + RESPITE) * rules.wait_ms
+            fell_ms = after.fell_ms if waiting else now_ms
+            after = replace(after, fell=low, fell_ms=fell_ms, onset_ms=onset_ms, trending=False, answer=Answer.OPEN)
+        elif not low:
+            untold = any(fall.temperature is None for fall in falls)
+            after = replace(after, answer=Answer.LATE if untold else Answer.NONE)
+    if after.answer is Answer.OPEN:
+        after = replace(after, trending=after.trending or bool(trending & set(after.fell)))
+        if now_ms - after.fell_ms >= rules.wait_ms:
+            after, news = replace(after, answer=Answer.LATE), [News("acceptance-unexplained")]
+    return after, tuple(news)
+
+
+def wish(state: Suspicion, served: ServedClasses, now_ms: int, rules: Rules) -> Wish | None:
+    """The score to ask for now, if one could say something."""
+    if state.job or not rules.every_ms:
+        return None
+    waited_ms = now_ms - state.asked_ms
+    if state.low and state.answer in (Answer.OPEN, Answer.LATE):
+        every_ms = rules.again_ms if state.answer is Answer.OPEN else max(rules.again_ms, rules.every_ms // 10)
+        if waited_ms < min(every_ms, rules.every_ms):
+            return None
+        ripe = [at for at in state.fell if (s := served.classes.get(at)) and s.since(state.onset_ms).enough]
+        known = {expected.temperature for expected in state.expected}
+        idle = [at for at in state.fell if at in known and now_ms - state.fell_ms >= rules.again_ms]
+        return Wish((ripe or idle)[0], state.onset_ms) if ripe or idle else None
+    if waited_ms < rules.every_ms:
+        return None
+    temperature = served.next_ripe(state.temperature, state.asked_ms)
+    return None if temperature is None else Wish(temperature, served.classes[temperature].since_ms)
+
+
+def asked(state: Suspicion, wanted: Wish, job: str, now_ms: int) -> Suspicion:
+    return replace(state, job=job, temperature=wanted.temperature, since_ms=wanted.since_ms, asked_ms=now_ms)
+
+
+def judge(
+    state: Suspicion, served: ServedClasses, falls: Sequence[Fall], scores: Sequence[SamplingScore]
+) -> tuple[Suspicion, tuple[News, ...]]:
+    """Take in the score that was under way; `scores` is empty when it failed."""
+    found = {
+        score.temperature: compare(served.classes[score.temperature].since(state.since_ms), score)
+        for score in scores
+        if score.temperature in served.classes
+    }
+    suspected, news = {item.temperature: item for item in state.suspected}, list[News]()
+    for temperature, item in found.items():
+        if item.verdict is Verdict.FAULT:
+            if temperature not in suspected:
+                news.append(News("engine-fault-suspected", item))
+            suspected[temperature] = item
+        elif item.verdict is Verdict.SOUND and suspected.pop(temperature, None):
+            news.append(News("engine-fault-cleared", item))
+    new = {score.temperature: Expected.by_score(score) for score in scores if _enough(score)}
+    before = {expected.temperature: expected for expected in state.expected}
+    after = replace(
+        state,
+        job="",
+        suspected=tuple(suspected[temperature] for temperature in sorted(suspected)),
+        expected=tuple((before | new)[temperature] for temperature in sorted(before | new)),
+    )
+    if suspected:
+        return replace(after, fell_ms=0, answer=Answer.FAULT), tuple(news)
+    if state.answer in (Answer.OPEN, Answer.LATE) and _explained(state, found, before, new, falls):
+        moved = state.trending or any(_fell(before.get(at), new.get(at)) for at in state.fell)
+        after = replace(after, fell_ms=0, answer=Answer.DRIFT if moved else Answer.NONE)
+    elif state.answer is Answer.FAULT:
+        after = replace(after, answer=Answer.DRIFT if state.low else Answer.NONE)
+    return after, tuple(news)
+
+
+def _explained(
+    state: Suspicion,
+    found: dict[float, Comparison],
+    before: dict[float, Expected],
+    new: dict[float, Expected],
+    falls: Iterable[Fall],
+) -> bool:
+    """Whether the draft scores as low as it serves: at all temperatures of the fall that can be compared; if none can, whether its
+    score has fallen by most of what the trend has."""
+    compared = [found[at] for at in state.fell if at in found and found[at].enough]
+    if compared:
+        return all(item.surely_sound for item in compared)
+    shares = [
+        (1.0 - new[fall.temperature].alpha / before[fall.temperature].alpha) / (1.0 - fall.short / fall.long)
+        for fall in falls
+        if fall.temperature in before and fall.temperature in new and before[fall.temperature].alpha > 0.0
+        if fall.short < fall.long
+    ]
+    return bool(shares) and min(shares) >= EXPLAINED
+
+
+def _fell(before: Expected | None, new: Expected | None) -> bool:
+    """Whether the score itself is surely less than the one before, on this engine's samples."""
+    if before is None or new is None or not before.own:
+        return False
+    old, now = (accepted_at(item.conditional, len(item.conditional)) for item in (before, new))
+    return old - now > max(MARGIN * old, SURE * sqrt((old * before.error) ** 2 + (now * new.error) ** 2))
+
+
+def _enough(score: SamplingScore) -> bool:
+    return len(score.steps) >= MIN_PROMPTS and sum(score.steps) >= MIN_SCORED_STEPS
+
+
+def _rare(served: ServedClasses, temperature: float) -> bool:
+    """What is suspected of a temperature that is hardly served any more cannot be judged again, and keeps nothing from training."""
+    return dict(served.mix()).get(temperature, 0.0) < RARE
+
+
+def _onset_ms(served: ServedClass, now_ms: int, *, trending: bool) -> int:
+    """When acceptance fell: where the requests before and after differ most (the likeliest change of a mean). Where no such moment is
+    sure it is now if the trend fell, whose newest requests only are low; else it was low from the start."""
+    requests = list(served.whole)
+    if not requests:
+        return now_ms
+    values = [stats.accepted / stats.spec_steps for _, stats in requests]
+    total, n = sum(values), len(values)
+    best, at, left = 0.0, 0, 0.0
+    for i, value in enumerate(values[:-LATEST], 1):
+        left += value
+        fall = left / i - (total - left) / (n - i)
+        if i >= LATEST and fall * sqrt(i * (n - i) / n) > best:
+            best, at = fall * sqrt(i * (n - i) / n), i
+    if at:
+        low, high = sum(values[at:]) / (n - at), sum(values[:at]) / at
+        scatter = sum((value - (high if i < at else low)) ** 2 for i, value in enumerate(values)) / max(n - 2, 1)
+        if best > SURE * sqrt(scatter):
+            return requests[at][0]
+    return now_ms if trending else requests[0][0]
