@@ -63,7 +63,7 @@ class Scene:
     async def served_now(self, alpha: float) -> None:
         """After what was asked so far, with samples of it."""
         now_ms = await self.control.context.now_ms() + 1
-        self.samples(train=1, created_ms=now_ms)
+        self.samples(train=1, created_ms=now_ms + 1)
         await self.served(alpha, at_ms=now_ms)
 
     async def judge(self, **alphas: float) -> None:
@@ -95,7 +95,8 @@ def score(temperature: float, alpha: float, likeliest: float = 0.0) -> SamplingS
 async def scene(valkey: Valkey, tmp_path: Path, target: Path, first: Path) -> AsyncIterator[Scene]:
     training: dict[str, object] = {"min_rows": 400, "fault_check_s": 0.001}
     async with AsyncExitStack() as stack:
-        control = await stack.enter_async_context(leading(valkey, settings(tmp_path, target, training=training)))
+        config = settings(tmp_path, target, training=training, samples={"shard_age_s": 0.001})
+        control = await stack.enter_async_context(leading(valkey, config))
         engine = await stack.enter_async_context(running_double(valkey, describe_double(target, first)))
         scene = Scene(control, engine, target)
         await eventually(scene.captures)
@@ -168,13 +169,13 @@ async def test_the_score_is_of_what_serves_on_what_was_served_meanwhile(scene: S
     await scene.served(0.5)
     await scene.served(0.5, requests=3, temperature=0.3)
     await scene.control.cycle()
-    assert await scene.scores() == []  # what is held out is older than any of these requests
+    assert await scene.scores() == []  # what is stored is older than any of these requests
     scene.samples(created_ms=NOW_MS + 2000)
     await scene.control.cycle()
     (job,) = await scene.scores()
     spec = job.spec
     assert spec.draft == scene.engine.info.version
-    assert [Path(path).name for path in spec.held_out] == [f"held-out-{NOW_MS + 2000}.safetensors"]
+    assert {Path(path).name for path in spec.held_out} == {f"{s}-{NOW_MS + 2000}.safetensors" for s in ("held-out", "train")}
     assert (spec.gamma, spec.options) == (4, {"held_out_tokens": SCORED_TOKENS})
     assert [temperature for temperature, _ in spec.mix] == [0.3, 0.7]
     assert sum(share for _, share in spec.mix) == pytest.approx(1.0)

@@ -106,9 +106,9 @@ class Suspicion:
     """What is known of one version in one life of an engine.
 
     `job`: the score under way; `temperature`: of the newest that was asked for; `since_ms`: of the requests and samples that it is
-    about. `low`: temperatures that are below their trend or their expectation. `fell_ms`: when the oldest fall that no score has answered was
-    noticed, 0 for none; `onset_ms`: when the newest began, by the requests; `fell`: its temperatures. `suspected`: by temperature, as
-    last judged.
+    about. `low`: temperatures that are below their trend or their expectation. `fell_ms`: when the oldest fall that no score has answered
+    was noticed, 0 for none; `onset_ms`: when the newest began, by the requests; `fell`: its temperatures. `suspected`: by
+    temperature, as last judged.
     """
 
     incarnation: str = ""
