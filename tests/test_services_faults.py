@@ -14,6 +14,7 @@ from tests.support import eventually
 from tided.model.records import Capability, Evaluation, Job, JobKind, JobResult, JobState, SamplingScore
 from tided.policies.faults import WINDOW, Comparison, Verdict
 from tided.policies.speedup import expected_length
+from tided.policies.suspicion import Suspicion, cause
 from tided.services.faults import SCORED_TOKENS, describe
 from tided.services.monitor import EngineView
 
@@ -264,11 +265,16 @@ async def test_whoever_switches_the_check_off_is_heard(scene: Scene) -> None:
 
 
 def test_what_to_look_at_is_named() -> None:
-    def told(kind: str, temperature: float, served: float, likeliest: float) -> str:
-        return describe(kind, Comparison(temperature, served, 2.2, likeliest, 0.02, 99, 20, Verdict.FAULT))
+    def told(kind: str, temperature: float, served: float, *sound: float) -> str:
+        found = Comparison(temperature, served, 2.2, 1.81, 0.02, 99, 20, Verdict.FAULT)
+        return describe(kind, found, cause(found, Suspicion(suspected=(found,), sound=sound)))
 
-    assert '"draft_sample_method": "probabilistic"' in told("vllm", 0.7, 1.8, 1.81)
-    assert "drafts its likeliest token" in told("redis", 0.7, 1.8, 1.81)
-    assert "TIDED_MEND_SAMPLING" in told("vllm", 0.7, 1.3, 1.9)
-    assert "draft_sample_method" not in told("vllm", 0.7, 1.3, 1.9)
-    assert "layer ids" in told("vllm", 0.0, 1.3, 2.2)
+    assert '"draft_sample_method": "probabilistic"' in told("vllm", 0.7, 1.8, 0.0)
+    assert "drafts its likeliest token" in told("redis", 0.7, 1.8, 0.0)
+    assert "TIDED_MEND_SAMPLING" in told("vllm", 0.7, 1.3, 0.0)
+    assert "draft_sample_method" not in told("vllm", 0.7, 1.3, 0.0)
+    assert "layer ids" not in told("vllm", 0.7, 1.3, 0.0)
+    assert "layer ids" in told("vllm", 0.0, 1.3)
+    # Nobody knows whether greedy requests are served well.
+    assert "layer ids" in told("vllm", 0.7, 1.3)
+    assert "verifies sampled requests" in told("vllm", 0.7, 1.3)

@@ -4,8 +4,8 @@ A fall alone says neither. So it opens a question, and while that is open nothin
 captured since the fall began, and the answer is DRIFT when it scores as low as it serves, FAULT when it scores surely more. A fall
 is the trend's (`tided.policies.training`) or newest requests that are surely below what the draft is expected to give: what its gate's
 evaluation said of greedy requests, or what its own newest score said. Where the speculation policy has stopped drafting meanwhile,
-too little is served to compare; then it is DRIFT if the score has fallen by most of what the trend has. A question that
-nobody could answer in time is answered LATE, and taken for drift: a missing worker must not keep a target from training for ever.
+too little is served to compare; then it is DRIFT if the score has fallen by most of what the trend has, and if it has not, some
+requests must be drafted for (`held`). A question that nobody could answer in time is answered LATE, and taken for drift: a missing worker must not keep a target from training for ever.
 
 Without a fall the draft is scored now and then all the same, one temperature after the other.
 """
@@ -108,7 +108,7 @@ class Suspicion:
     `job`: the score under way; `temperature`: of the newest that was asked for; `since_ms`: of the requests and samples that it is
     about. `low`: temperatures that are below their trend or their expectation. `fell_ms`: when the oldest fall that no score has answered
     was noticed, 0 for none; `onset_ms`: when the newest began, by the requests; `fell`: its temperatures. `suspected`: by
-    temperature, as last judged.
+    temperature, as last judged. `held`: no score can explain the fall unless a token is drafted in every step for a while.
     """
 
     incarnation: str = ""
@@ -118,12 +118,14 @@ class Suspicion:
     since_ms: int = 0
     asked_ms: int = 0
     suspected: tuple[Comparison, ...] = ()
+    sound: tuple[float, ...] = ()  # the temperatures that agreed with the newest score
     expected: tuple[Expected, ...] = ()
     low: tuple[float, ...] = ()
     trending: bool = False  # whether the trend is among what fell
     fell: tuple[float, ...] = ()
     fell_ms: int = 0
     onset_ms: int = 0
+    held: bool = False
     answer: Answer = Answer.NONE
 
     @property
@@ -163,6 +165,25 @@ class News:
     found: Comparison | None = None
 
 
+class Cause(StrEnum):
+    """Where a fault is, as far as the temperatures tell: what is wrong with the draft or its features shows in greedy requests too."""
+
+    DRAFT = "draft"
+    SAMPLING = "sampling"
+    LIKELIEST = "likeliest"  # sampled requests are drafted for greedily
+    EITHER = "either"
+
+
+def cause(found: Comparison, state: Suspicion) -> Cause:
+    """Of what `state` has found, by the newest score."""
+    if 0.0 in {found.temperature, *(item.temperature for item in state.suspected)}:
+        return Cause.DRAFT
+    if 0.0 not in state.sound:
+        return Cause.EITHER
+    near = abs(found.served - found.likeliest) < min(found.scored - found.served, 4.0 * found.error)
+    return Cause.LIKELIEST if near else Cause.SAMPLING
+
+
 def look(
     state: Suspicion, served: ServedClasses, falls: Sequence[Fall], now_ms: int, rules: Rules, *, judgeable: bool
 ) -> tuple[Suspicion, tuple[News, ...]]:
@@ -177,19 +198,21 @@ def look(
     after, news = replace(state, low=low, suspected=suspected), list[News]()
     if after.answer is Answer.FAULT and not suspected:
         after = replace(after, answer=Answer.NONE)
-    if after.answer is not Answer.FAULT:
-        if set(low) - set(state.low) and after.answer is not Answer.OPEN:
-            onset_ms = max(_onset_ms(served.classes[at], now_ms, trending=at in trending) for at in low)
-            waiting = after.fell_ms and now_ms - after.fell_ms < (1 + RESPITE) * rules.wait_ms
-            fell_ms = after.fell_ms if waiting else now_ms
-            after = replace(after, fell=low, fell_ms=fell_ms, onset_ms=onset_ms, trending=False, answer=Answer.OPEN)
-        elif not low:
-            untold = any(fall.temperature is None for fall in falls)
-            after = replace(after, answer=Answer.LATE if untold else Answer.NONE)
+    if set(low) - set(state.low) and after.answer not in (Answer.OPEN, Answer.FAULT):
+        onset_ms = max(_onset_ms(served.classes[at], now_ms, trending=at in trending) for at in low)
+        waiting = after.fell_ms and now_ms - after.fell_ms < (1 + RESPITE) * rules.wait_ms
+        fell_ms = after.fell_ms if waiting else now_ms
+        after = replace(after, fell=low, fell_ms=fell_ms, onset_ms=onset_ms, trending=False, answer=Answer.OPEN)
+    elif not low and after.drifted:
+        after = replace(after, answer=Answer.NONE)
     if after.answer is Answer.OPEN:
+        # A trend hovers about its threshold: what was sure once is to be explained, whatever it does next.
         after = replace(after, trending=after.trending or bool(trending & set(after.fell)))
         if now_ms - after.fell_ms >= rules.wait_ms:
-            after, news = replace(after, answer=Answer.LATE), [News("acceptance-unexplained")]
+            after = replace(after, held=False, answer=Answer.LATE if after.trending else Answer.NONE)
+            news += [News("acceptance-unexplained")] if after.trending else []
+    elif after.answer is Answer.NONE and any(fall.temperature is None for fall in falls):
+        after = replace(after, answer=Answer.LATE)
     return after, tuple(news)
 
 
@@ -198,7 +221,7 @@ def wish(state: Suspicion, served: ServedClasses, now_ms: int, rules: Rules) -> 
     if state.job or not rules.every_ms:
         return None
     waited_ms = now_ms - state.asked_ms
-    if state.low and state.answer in (Answer.OPEN, Answer.LATE):
+    if state.answer in (Answer.OPEN, Answer.LATE) and state.fell:
         every_ms = rules.again_ms if state.answer is Answer.OPEN else max(rules.again_ms, rules.every_ms // 10)
         if waited_ms < min(every_ms, rules.every_ms):
             return None
@@ -239,30 +262,29 @@ def judge(
         state,
         job="",
         suspected=tuple(suspected[temperature] for temperature in sorted(suspected)),
+        sound=tuple(sorted(at for at, item in found.items() if item.verdict is Verdict.SOUND)) if found else state.sound,
         expected=tuple((before | new)[temperature] for temperature in sorted(before | new)),
     )
     if suspected:
-        return replace(after, fell_ms=0, answer=Answer.FAULT), tuple(news)
-    if state.answer in (Answer.OPEN, Answer.LATE) and _explained(state, found, before, new, falls):
+        return replace(after, fell_ms=0, held=False, answer=Answer.FAULT), tuple(news)
+    compared = [found[at] for at in state.fell if at in found and found[at].enough]
+    if state.answer in (Answer.OPEN, Answer.LATE) and (
+        all(item.surely_sound for item in compared) if compared else _explained(falls, before, new)
+    ):
         moved = state.trending or any(_fell(before.get(at), new.get(at)) for at in state.fell)
-        after = replace(after, fell_ms=0, answer=Answer.DRIFT if moved else Answer.NONE)
-    elif state.answer is Answer.FAULT:
-        after = replace(after, answer=Answer.DRIFT if state.low else Answer.NONE)
+        after = replace(after, fell_ms=0, held=False, answer=Answer.DRIFT if moved else Answer.NONE)
+    elif state.answer is Answer.OPEN:
+        after = replace(after, held=state.held or (bool(new) and not compared))
+    else:
+        answer = state.answer
+        if answer is Answer.FAULT:
+            answer = Answer.DRIFT if state.low else Answer.NONE
+        after = replace(after, fell_ms=0 if new else state.fell_ms, answer=answer)
     return after, tuple(news)
 
 
-def _explained(
-    state: Suspicion,
-    found: dict[float, Comparison],
-    before: dict[float, Expected],
-    new: dict[float, Expected],
-    falls: Iterable[Fall],
-) -> bool:
-    """Whether the draft scores as low as it serves: at all temperatures of the fall that can be compared; if none can, whether its
-    score has fallen by most of what the trend has."""
-    compared = [found[at] for at in state.fell if at in found and found[at].enough]
-    if compared:
-        return all(item.surely_sound for item in compared)
+def _explained(falls: Iterable[Fall], before: dict[float, Expected], new: dict[float, Expected]) -> bool:
+    """Whether the draft's score has fallen by most of what the trend has, wherever both are known."""
     shares = [
         (1.0 - new[fall.temperature].alpha / before[fall.temperature].alpha) / (1.0 - fall.short / fall.long)
         for fall in falls

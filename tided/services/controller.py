@@ -173,7 +173,10 @@ class Controller:
             deployment = await self.deployer.reconcile(view, now_ms)
             deployment, problem = await self._onto_its_version(view, deployment, now_ms, done)
         watching = deployment is not None and deployment.state is DeploymentState.WATCHING
-        decision = await self.speculator.decide(view, setting, context.config.speculation, now_s, watching=watching)
+        held = view.engine in self.faults.held
+        decision = await self.speculator.decide(
+            view, setting, context.config.speculation, now_s, watching=watching, held=held
+        )
         if decision.gammas != in_force(view.info) and Capability.SCHEDULE in view.info.capabilities:
             await view.backend.set_schedule(decision.gammas, context.leadership.require())
             done.append(f"{view.engine}: schedule {decision.gammas}")

@@ -16,7 +16,7 @@ from tided.model.ids import new_id
 from tided.model.records import Capability, Draft, DraftOrigin, JobKind, JobSpec, JobState
 from tided.policies import suspicion
 from tided.policies.faults import MIN_PROMPTS, MIN_SCORED_STEPS, Comparison, Verdict
-from tided.policies.suspicion import Expected, News, Rules, Suspicion, Wish
+from tided.policies.suspicion import Cause, Expected, News, Rules, Suspicion, Wish
 from tided.services.context import Context, Target
 from tided.services.monitor import EngineView
 from tided.store.samples import Shard, Split
@@ -30,13 +30,16 @@ AGAIN_MS = 10_000
 
 
 class FaultWatch:
-    """Keeps a `Suspicion` for each engine in the leader's state. `warnings` are for the status."""
+    """Keeps a `Suspicion` for each engine in the leader's state. `warnings` are for the status; `held` are the engines of which nothing
+    can be said unless a token is drafted in every step for a while."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self.warnings: dict[str, str] = {}
+        self.held: set[str] = set()
 
     def forget(self, engines: set[str]) -> None:
+        self.held -= engines
         for engine in engines:
             self.warnings.pop(engine, None)
 
@@ -70,7 +73,8 @@ class FaultWatch:
             await self._announce(view, state, item)
         if state != before:
             await context.state.put(STATE, view.engine, state, context.leadership.require())
-        self.warnings[view.engine] = _warning(view, state.suspected)
+        self.warnings[view.engine] = _warning(view, state)
+        (self.held.add if state.held else self.held.discard)(view.engine)
         return state
 
     def _rules(self, target: Target) -> Rules:
@@ -131,7 +135,7 @@ class FaultWatch:
             await context.announce(news.kind, view.engine, message, temperatures=list(state.fell))
             return
         figures = {"served": round(found.served, 3), "scored": round(found.scored, 3), "error": round(found.error, 4)}
-        message = describe(view.info.kind, found)
+        message = describe(view.info.kind, found, suspicion.cause(found, state))
         await context.announce(
             news.kind, view.engine, message, temperature=found.temperature, requests=found.requests, **figures
         )
@@ -141,29 +145,34 @@ def _judgeable(view: EngineView) -> bool:
     return {Capability.TAP, Capability.LAST_HIDDEN} <= set(view.info.capabilities)
 
 
-def _warning(view: EngineView, suspected: tuple[Comparison, ...]) -> str:
-    if not suspected:
+def _warning(view: EngineView, state: Suspicion) -> str:
+    if not state.suspected:
         return ""
-    found = "; ".join(describe(view.info.kind, comparison) for comparison in suspected)
-    return f"engine {view.engine}: {found}. No training begins until this is mended"
+    told = (describe(view.info.kind, comparison, suspicion.cause(comparison, state)) for comparison in state.suspected)
+    return f"engine {view.engine}: {'; '.join(told)}. No training begins until this is mended"
 
 
-def describe(kind: str, found: Comparison) -> str:
+def describe(kind: str, found: Comparison, cause: Cause) -> str:
     """One sentence: the class, the figures, and what to look at."""
     requests = "greedy requests" if found.temperature == 0.0 else f"requests at temperature {found.temperature:g}"
     figures = f"{requests} are served at acceptance length {found.served:.2f}, their draft scores {found.scored:.2f}"
     if found.verdict is not Verdict.FAULT:
         return f"{figures}: they agree again"
-    return f"{figures}: {_suspect(kind, found)}"
+    return f"{figures}: {_suspect(kind, found, cause)}"
 
 
-def _suspect(kind: str, found: Comparison) -> str:
-    if found.temperature == 0.0:
-        return "suspect the engine (layer ids, a swap half applied, its prefix cache), not the traffic"
-    drafts_likeliest = abs(found.served - found.likeliest) < min(found.scored - found.served, 4.0 * found.error)
-    if drafts_likeliest:
-        option = ' ("draft_sample_method": "probabilistic" in --speculative-config)' if kind == "vllm" else ""
-        return f"the engine drafts its likeliest token instead of a sampled one; let it sample{option}"
-    cause = "how the engine verifies sampled requests (temperature, top-k, uniform draws), not the traffic"
+def _suspect(kind: str, found: Comparison, cause: Cause) -> str:
+    engine = "the engine (layer ids, a swap half applied, its vocabulary map, its prefix cache)"
+    sampler = "how the engine verifies sampled requests (temperature, top-k, uniform draws)"
     known = "; vLLM on a processor loses their temperature: TIDED_MEND_SAMPLING" if kind == "vllm" else ""
-    return f"less than even greedy drafting would give ({found.likeliest:.2f}): suspect {cause}{known}"
+    match cause:
+        case Cause.DRAFT:
+            return f"suspect {engine}, not the traffic"
+        case Cause.EITHER:
+            return f"suspect {engine}, or {sampler}, not the traffic{known}"
+        case Cause.LIKELIEST:
+            option = ' ("draft_sample_method": "probabilistic" in --speculative-config)' if kind == "vllm" else ""
+            return f"the engine drafts its likeliest token instead of a sampled one; let it sample{option}"
+        case Cause.SAMPLING:
+            less = f"less than even greedy drafting would give ({found.likeliest:.2f})"
+            return f"{less}: suspect {sampler}, not the traffic{known}"
