@@ -14,8 +14,8 @@ from tests.support import eventually
 from tided.model.records import Capability, Evaluation, Job, JobKind, JobResult, JobState, SamplingScore
 from tided.policies.faults import WINDOW, Comparison, Verdict
 from tided.policies.speedup import expected_length
-from tided.policies.suspicion import Suspicion, cause
-from tided.services.faults import SCORED_TOKENS, describe
+from tided.policies.suspicion import TOKENS, Suspicion, cause
+from tided.services.faults import describe
 from tided.services.monitor import EngineView
 
 pytestmark = pytest.mark.real
@@ -176,8 +176,10 @@ async def test_the_score_is_of_what_serves_on_what_was_served_meanwhile(scene: S
     (job,) = await scene.scores()
     spec = job.spec
     assert spec.draft == scene.engine.info.version
-    assert {Path(path).name for path in spec.held_out} == {f"{s}-{NOW_MS + 2000}.safetensors" for s in ("held-out", "train")}
-    assert (spec.gamma, spec.options) == (4, {"held_out_tokens": SCORED_TOKENS})
+    assert {Path(path).name for path in spec.held_out} == {
+        f"{s}-{NOW_MS + 2000}.safetensors" for s in ("held-out", "train")
+    }
+    assert (spec.gamma, spec.options) == (4, {"held_out_tokens": TOKENS})
     assert [temperature for temperature, _ in spec.mix] == [0.3, 0.7]
     assert sum(share for _, share in spec.mix) == pytest.approx(1.0)
     assert spec.mix[0][1] < 0.05

@@ -41,13 +41,16 @@ def sampling_class(stats: RequestStats) -> float | None:
 
 @dataclass(slots=True)
 class ServedClass:
-    """The newest finished requests of one temperature, and when (by the reports, Redis TIME) each was reported. `whole`: those that
-    say something (see `WHOLE`), `requests`: of these the ones that samples are of. `seen`: how many there were of late in all."""
+    """The newest finished requests of one temperature, and when (by the reports, Redis TIME) each was reported. `drafted`: all that
+    drafted at all, `whole`: those in nearly all steps (see `WHOLE`), `requests`: of these the ones that samples are of. `seen`: how many there were of late in all."""
 
     requests: deque[tuple[int, RequestStats]] = field(
         default_factory=lambda: deque[tuple[int, RequestStats]](maxlen=WINDOW)
     )
     whole: deque[tuple[int, RequestStats]] = field(
+        default_factory=lambda: deque[tuple[int, RequestStats]](maxlen=WINDOW)
+    )
+    drafted: deque[tuple[int, RequestStats]] = field(
         default_factory=lambda: deque[tuple[int, RequestStats]](maxlen=WINDOW)
     )
     seen: float = 0.0
@@ -56,15 +59,17 @@ class ServedClass:
         """Take one in. `captured`: samples are taken of requests like it."""
         self.seen += 1.0
         steps = max(1, stats.output_tokens - 1 - stats.accepted)
-        if stats.drafted and stats.spec_steps >= WHOLE * steps:
-            self.whole.append((at_ms, stats))
-            if captured:
-                self.requests.append((at_ms, stats))
+        if stats.drafted:
+            self.drafted.append((at_ms, stats))
+            if stats.spec_steps >= WHOLE * steps:
+                self.whole.append((at_ms, stats))
+                if captured:
+                    self.requests.append((at_ms, stats))
 
     def since(self, at_ms: int) -> "ServedClass":
         """Those that can be judged and were reported at that time or later."""
         chosen = deque((item for item in self.requests if item[0] >= at_ms), maxlen=WINDOW)
-        return ServedClass(chosen, self.whole, self.seen)
+        return ServedClass(chosen, self.whole, self.drafted, self.seen)
 
     @property
     def since_ms(self) -> int:

@@ -10,12 +10,12 @@ requests must be drafted for (`held`). A question that nobody could answer in ti
 Without a fall the draft is scored now and then all the same, one temperature after the other.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import sqrt
 
-from tided.model.records import Evaluation, SamplingScore
+from tided.model.records import Evaluation, RequestStats, SamplingScore
 from tided.policies.faults import (
     MARGIN,
     MIN_PROMPTS,
@@ -31,14 +31,20 @@ from tided.policies.faults import (
 )
 from tided.policies.speedup import alpha_from_length
 
-NEWEST = 16
-"""Requests of one temperature that are held against what is expected."""
+NEWEST = (8, 16, 32)
+"""So many newest requests of one temperature are held against what is expected."""
+LEAST_STEPS = 60
+"""Drafting steps of the newest requests, where few steps of a request draft."""
 EXPLAINED = 0.7
 """Share of the trend's fall that the score's must reach to be its cause."""
 LATEST = 4
-"""Requests on each side, at least, of the moment at which acceptance fell."""
+"""Requests on each side, at least, of the moment at which acceptance fell,"""
+LOOKBACK_MS = 15_000
+"""and how long ago it is looked for."""
 RESPITE = 10
-"""Once training has waited for an answer in vain it waits for none, for so many times as long."""
+"""Once training has waited in vain and no score came, it waits for none, for so many times as long."""
+TOKENS, MANY_TOKENS = 4_000, 8_000
+"""Tokens that are scored at most, now and then and to answer a question: seconds of one core, for it needs the target's whole head."""
 RARE = 0.01
 """Share of the requests below which a temperature is hardly served any more."""
 
@@ -49,15 +55,6 @@ class Answer(StrEnum):
     DRIFT = "drift"
     FAULT = "fault"
     LATE = "late"
-
-
-@dataclass(frozen=True, slots=True)
-class Fall:
-    """A temperature (None: not told) whose acceptance is below its long average: the trend's two averages of alpha."""
-
-    temperature: float | None
-    short: float
-    long: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +85,18 @@ class Expected:
         return alpha_from_length(1.0 + accepted_at(self.conditional, gamma), gamma)
 
     def missed_by(self, served: ServedClass) -> bool:
-        """Whether the newest requests surely accept less."""
-        newest = [stats for _, stats in served.whole][-NEWEST:]
-        if len(newest) < NEWEST:
-            return False
+        """Whether newest requests, few or more of them, surely accept less."""
+        whole = [stats for _, stats in served.whole]
+        return any(len(whole) >= count and self._missed(whole[-count:]) for count in NEWEST)
+
+    def _missed(self, newest: Sequence[RequestStats]) -> bool:
         steps = [float(stats.spec_steps) for stats in newest]
         got, error = ratio([float(stats.accepted) for stats in newest], steps)
-        could = sum(
-            n * accepted_at(self.conditional, s.drafted / s.spec_steps) for n, s in zip(steps, newest, strict=True)
-        )
-        could /= sum(steps)
-        return could - got > max(MARGIN * could, SURE * sqrt(error**2 + (could * self.error) ** 2))
+        could = [accepted_at(self.conditional, stats.drafted / stats.spec_steps) for stats in newest]
+        mean = sum(n * value for n, value in zip(steps, could, strict=True)) / sum(steps)
+        # Student's t at the same chance, to first order: the error of few requests is itself not sure.
+        sure = SURE + (SURE**3 + SURE) / (4.0 * (len(newest) - 1))
+        return mean - got > max(MARGIN * mean, sure * sqrt(error**2 + (mean * self.error) ** 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +104,9 @@ class Suspicion:
     """What is known of one version in one life of an engine.
 
     `job`: the score under way; `temperature`: of the newest that was asked for; `since_ms`: of the requests and samples that it is
-    about. `low`: temperatures that are below their trend or their expectation. `fell_ms`: when the oldest fall that no score has answered
-    was noticed, 0 for none; `onset_ms`: when the newest began, by the requests; `fell`: its temperatures. `suspected`: by
-    temperature, as last judged. `held`: no score can explain the fall unless a token is drafted in every step for a while.
+    about. `low`: temperatures that are below their trend or their expectation. `fell_ms`: when the fall in question was noticed (where
+    nobody scores, the oldest), `onset_ms`: when it began, by the requests; `fell`: its temperatures; `heard`: a score came since.
+    `suspected`: by temperature, as last judged. `held`: no score can explain the fall unless a token is drafted in every step for a while.
     """
 
     incarnation: str = ""
@@ -126,6 +124,7 @@ class Suspicion:
     fell_ms: int = 0
     onset_ms: int = 0
     held: bool = False
+    heard: bool = False
     answer: Answer = Answer.NONE
 
     @property
@@ -151,10 +150,11 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """A score that could say something: of requests and samples since then."""
+    """A score that could say something: of requests and samples since then. `tokens`: how many of them."""
 
     temperature: float
     since_ms: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,18 +180,24 @@ def cause(found: Comparison, state: Suspicion) -> Cause:
         return Cause.DRAFT
     if 0.0 not in state.sound:
         return Cause.EITHER
-    near = abs(found.served - found.likeliest) < min(found.scored - found.served, 4.0 * found.error)
+    near = abs(found.served - found.likeliest) < min((found.scored - found.served) / 2.0, 2.0 * found.error)
     return Cause.LIKELIEST if near else Cause.SAMPLING
 
 
 def look(
-    state: Suspicion, served: ServedClasses, falls: Sequence[Fall], now_ms: int, rules: Rules, *, judgeable: bool
+    state: Suspicion,
+    served: ServedClasses,
+    falls: Sequence[float | None],
+    now_ms: int,
+    rules: Rules,
+    *,
+    judgeable: bool,
 ) -> tuple[Suspicion, tuple[News, ...]]:
-    """Take in what is low now. `judgeable`: the engine can be scored at all."""
-    falls = [fall for fall in falls if fall.temperature is None or not _rare(served, fall.temperature)]
+    """Take in what is low now. `falls`: temperatures (None: not told) whose trend has fallen; `judgeable`: the engine can be scored."""
+    falls = [fall for fall in falls if fall is None or not _rare(served, fall)]
     if not judgeable or not rules.every_ms:
         return replace(state, low=(), suspected=(), answer=Answer.LATE if falls else Answer.NONE), ()
-    trending = {fall.temperature for fall in falls if fall.temperature is not None}
+    trending = {fall for fall in falls if fall is not None}
     missed = {e.temperature for e in state.expected if (s := served.classes.get(e.temperature)) and e.missed_by(s)}
     low = tuple(sorted(trending | missed))
     suspected = tuple(found for found in state.suspected if not _rare(served, found.temperature))
@@ -199,10 +205,11 @@ def look(
     if after.answer is Answer.FAULT and not suspected:
         after = replace(after, answer=Answer.NONE)
     if set(low) - set(state.low) and after.answer not in (Answer.OPEN, Answer.FAULT):
-        onset_ms = max(_onset_ms(served.classes[at], now_ms, trending=at in trending) for at in low)
-        waiting = after.fell_ms and now_ms - after.fell_ms < (1 + RESPITE) * rules.wait_ms
-        fell_ms = after.fell_ms if waiting else now_ms
+        onset_ms = max(_onset_ms(served.classes[at], now_ms) for at in low)
+        silent = after.fell_ms > 0 and not after.heard and now_ms - after.fell_ms < (1 + RESPITE) * rules.wait_ms
+        fell_ms = after.fell_ms if silent else now_ms
         after = replace(after, fell=low, fell_ms=fell_ms, onset_ms=onset_ms, trending=False, answer=Answer.OPEN)
+        after = replace(after, heard=False, held=False)
     elif not low and after.drifted:
         after = replace(after, answer=Answer.NONE)
     if after.answer is Answer.OPEN:
@@ -211,7 +218,10 @@ def look(
         if now_ms - after.fell_ms >= rules.wait_ms:
             after = replace(after, held=False, answer=Answer.LATE if after.trending else Answer.NONE)
             news += [News("acceptance-unexplained")] if after.trending else []
-    elif after.answer is Answer.NONE and any(fall.temperature is None for fall in falls):
+    elif after.answer is Answer.FAULT:
+        # Whether it is mended only requests can tell that are drafted for: now and then they are.
+        after = replace(after, held=after.held or now_ms - after.asked_ms >= rules.every_ms)
+    elif after.answer is Answer.NONE and None in falls:
         after = replace(after, answer=Answer.LATE)
     return after, tuple(news)
 
@@ -226,13 +236,20 @@ def wish(state: Suspicion, served: ServedClasses, now_ms: int, rules: Rules) -> 
         if waited_ms < min(every_ms, rules.every_ms):
             return None
         ripe = [at for at in state.fell if (s := served.classes.get(at)) and s.since(state.onset_ms).enough]
-        known = {expected.temperature for expected in state.expected}
-        idle = [at for at in state.fell if at in known and now_ms - state.fell_ms >= rules.again_ms]
-        return Wish((ripe or idle)[0], state.onset_ms) if ripe or idle else None
+        idle = state.fell if now_ms - state.fell_ms >= rules.again_ms else ()
+        return Wish((*ripe, *idle)[0], state.onset_ms, MANY_TOKENS) if ripe or idle else None
+    if state.answer is Answer.FAULT:
+        since_ms = max(state.asked_ms, state.onset_ms)
+        mended = [i.temperature for i in state.suspected if served.classes[i.temperature].since(since_ms).enough]
+        return (
+            Wish(mended[0], since_ms, MANY_TOKENS)
+            if mended and waited_ms >= min(rules.again_ms, rules.every_ms)
+            else None
+        )
     if waited_ms < rules.every_ms:
         return None
     temperature = served.next_ripe(state.temperature, state.asked_ms)
-    return None if temperature is None else Wish(temperature, served.classes[temperature].since_ms)
+    return None if temperature is None else Wish(temperature, served.classes[temperature].since_ms, TOKENS)
 
 
 def asked(state: Suspicion, wanted: Wish, job: str, now_ms: int) -> Suspicion:
@@ -240,7 +257,7 @@ def asked(state: Suspicion, wanted: Wish, job: str, now_ms: int) -> Suspicion:
 
 
 def judge(
-    state: Suspicion, served: ServedClasses, falls: Sequence[Fall], scores: Sequence[SamplingScore]
+    state: Suspicion, served: ServedClasses, scores: Sequence[SamplingScore]
 ) -> tuple[Suspicion, tuple[News, ...]]:
     """Take in the score that was under way; `scores` is empty when it failed."""
     found = {
@@ -261,37 +278,48 @@ def judge(
     after = replace(
         state,
         job="",
+        heard=state.heard or bool(new),
         suspected=tuple(suspected[temperature] for temperature in sorted(suspected)),
-        sound=tuple(sorted(at for at, item in found.items() if item.verdict is Verdict.SOUND)) if found else state.sound,
+        sound=tuple(sorted(at for at, item in found.items() if item.verdict is Verdict.SOUND))
+        if found
+        else state.sound,
         expected=tuple((before | new)[temperature] for temperature in sorted(before | new)),
     )
     if suspected:
-        return replace(after, fell_ms=0, held=False, answer=Answer.FAULT), tuple(news)
+        return replace(after, held=False, answer=Answer.FAULT), tuple(news)
+    # A score that was asked for before the fall is about other requests.
+    about = state.answer in (Answer.OPEN, Answer.LATE) and state.since_ms >= state.onset_ms
     compared = [found[at] for at in state.fell if at in found and found[at].enough]
-    if state.answer in (Answer.OPEN, Answer.LATE) and (
-        all(item.surely_sound for item in compared) if compared else _explained(falls, before, new)
-    ):
+    if about and (all(item.surely_sound for item in compared) if compared else _explained(state, served, before, new)):
         moved = state.trending or any(_fell(before.get(at), new.get(at)) for at in state.fell)
-        after = replace(after, fell_ms=0, held=False, answer=Answer.DRIFT if moved else Answer.NONE)
+        after = replace(after, held=False, answer=Answer.DRIFT if moved else Answer.NONE)
     elif state.answer is Answer.OPEN:
-        after = replace(after, held=state.held or (bool(new) and not compared))
-    else:
-        answer = state.answer
-        if answer is Answer.FAULT:
-            answer = Answer.DRIFT if state.low else Answer.NONE
-        after = replace(after, fell_ms=0 if new else state.fell_ms, answer=answer)
+        after = replace(after, held=state.held or (about and bool(new) and not compared))
+    elif state.answer is Answer.FAULT:
+        after = replace(after, answer=Answer.DRIFT if state.low else Answer.NONE)
     return after, tuple(news)
 
 
-def _explained(falls: Iterable[Fall], before: dict[float, Expected], new: dict[float, Expected]) -> bool:
-    """Whether the draft's score has fallen by most of what the trend has, wherever both are known."""
-    shares = [
-        (1.0 - new[fall.temperature].alpha / before[fall.temperature].alpha) / (1.0 - fall.short / fall.long)
-        for fall in falls
-        if fall.temperature in before and fall.temperature in new and before[fall.temperature].alpha > 0.0
-        if fall.short < fall.long
-    ]
-    return bool(shares) and min(shares) >= EXPLAINED
+def _explained(
+    state: Suspicion, served: ServedClasses, before: dict[float, Expected], new: dict[float, Expected]
+) -> bool:
+    """Whether the draft's score has fallen by most of what the newest requests have, from what was expected before. Those that a probe
+    only touched may accept less than others: then this is not seen, and never seen wrongly."""
+    known = [at for at in state.fell if at in before and at in new]
+    alphas = {at: _newest_alpha(served.classes[at], state.onset_ms) for at in known}
+    return bool(known) and all(
+        alpha is not None and new[at].alpha <= alpha + (1.0 - EXPLAINED) * (before[at].alpha - alpha)
+        for at, alpha in alphas.items()
+    )
+
+
+def _newest_alpha(served: ServedClass, since_ms: int) -> float | None:
+    newest = [stats for at_ms, stats in served.drafted if at_ms >= since_ms][-NEWEST[-1] :]
+    steps = sum(stats.spec_steps for stats in newest)
+    if len(newest) < NEWEST[0] or steps < LEAST_STEPS:
+        return None
+    accepted, drafted = sum(stats.accepted for stats in newest), sum(stats.drafted for stats in newest)
+    return alpha_from_length(1.0 + accepted / steps, drafted / steps)
 
 
 def _fell(before: Expected | None, new: Expected | None) -> bool:
@@ -311,23 +339,20 @@ def _rare(served: ServedClasses, temperature: float) -> bool:
     return dict(served.mix()).get(temperature, 0.0) < RARE
 
 
-def _onset_ms(served: ServedClass, now_ms: int, *, trending: bool) -> int:
-    """When acceptance fell: where the requests before and after differ most (the likeliest change of a mean). Where no such moment is
-    sure it is now if the trend fell, whose newest requests only are low; else it was low from the start."""
+def _onset_ms(served: ServedClass, now_ms: int) -> int:
+    """When acceptance fell: of the last moments, the one before and after which requests differ most (the likeliest change of a mean), if
+    that is sure; else now: older requests would hide what the newest show."""
     requests = list(served.whole)
-    if not requests:
-        return now_ms
     values = [stats.accepted / stats.spec_steps for _, stats in requests]
     total, n = sum(values), len(values)
     best, at, left = 0.0, 0, 0.0
     for i, value in enumerate(values[:-LATEST], 1):
         left += value
         fall = left / i - (total - left) / (n - i)
-        if i >= LATEST and fall * sqrt(i * (n - i) / n) > best:
+        if i >= LATEST and requests[i][0] >= now_ms - LOOKBACK_MS and fall * sqrt(i * (n - i) / n) > best:
             best, at = fall * sqrt(i * (n - i) / n), i
-    if at:
-        low, high = sum(values[at:]) / (n - at), sum(values[:at]) / at
-        scatter = sum((value - (high if i < at else low)) ** 2 for i, value in enumerate(values)) / max(n - 2, 1)
-        if best > SURE * sqrt(scatter):
-            return requests[at][0]
-    return now_ms if trending else requests[0][0]
+    if not at:
+        return now_ms
+    before, after = sum(values[:at]) / at, sum(values[at:]) / (n - at)
+    scatter = sum((value - (before if i < at else after)) ** 2 for i, value in enumerate(values)) / (n - 1)
+    return requests[at][0] if best > SURE * sqrt(scatter) else now_ms

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from tided.machine import collection, verification
-from tided.machine.collection import Collection, CollectionRules, Phase, RowsStored, StartTraining, TrainingEnded, TrendJudged
+from tided.machine.collection import (
+    Collection,
+    CollectionRules,
+    Phase,
+    RowsStored,
+    StartTraining,
+    TrainingEnded,
+    TrendJudged,
+)
 from tided.machine.verification import Connected, Doubted, Probed, ReferenceFound, TimePassed
 from tided.model.records import (
     Check,
@@ -28,7 +36,7 @@ from tided.model.records import (
 from tided.policies import suspicion
 from tided.policies.faults import ServedClasses
 from tided.policies.speedup import expected_length
-from tided.policies.suspicion import Cause, Expected, Fall, Rules, Suspicion
+from tided.policies.suspicion import Cause, Expected, Rules, Suspicion
 from tided.policies.training import AcceptanceTrend
 
 CYCLE_S = 0.5
@@ -40,8 +48,9 @@ SOON_S = 60.0
 GRADUAL_S = 90.0
 SHARD_AGE_S = 10.0
 SHARD_ROWS = 4096
+UNKNOWABLE_S = SHARD_AGE_S
+"""A training that begins so soon after a fault has the samples of before: those of the fault are not stored yet."""
 PROBE_S = 4.0
-SCORED_TOKENS = 4_000
 WATCHED = 20
 GAMMA = 4
 SPREAD = 0.15
@@ -95,12 +104,11 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Times in seconds after the incident began. `alarms`: (time, cause or PROBES); `tainted`: a training began on samples of the fault."""
+    """Times in seconds after the incident began. `alarms`: (time, cause or PROBES)."""
 
     scene: Scene
     alarms: tuple[tuple[float, str], ...]
     trainings: tuple[float, ...]
-    tainted: bool
     drifted_s: float | None
     unexplained: bool
 
@@ -164,11 +172,10 @@ class _World:
     verdict: Verification | None = None
     newest: deque[float] = field(default_factory=lambda: deque[float](maxlen=RESTS_AFTER))
     capturing: bool = True
-    score: tuple[int, int] | None = None  # (when it is there, its samples are since)
+    score: tuple[int, int, int] | None = None  # (when it is there, since when and how many its tokens are)
     watched: int = 0  # requests that the live watch still waits for
     alarms: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
     trainings: list[float] = field(default_factory=list[float])
-    tainted: bool = False
     drifted_s: float | None = None
     unexplained: bool = False
 
@@ -194,9 +201,7 @@ def play(scene: Scene) -> Outcome:
         _control(world, now_s, rules)
         if world.trainings:
             break
-    return Outcome(
-        scene, tuple(world.alarms), tuple(world.trainings), world.tainted, world.drifted_s, world.unexplained
-    )
+    return Outcome(scene, tuple(world.alarms), tuple(world.trainings), world.drifted_s, world.unexplained)
 
 
 def _swap(world: _World) -> None:
@@ -212,7 +217,7 @@ def _serve_version(world: _World, version: str, alphas: tuple[float, float]) -> 
     for _ in range(60):
         lengths.append(expected_length(_own(draw, alphas[0]), GAMMA))
     evaluation = Evaluation(version, GAMMA, ("",) * 60, tuple(lengths), (60,) * 60, (alphas[0],) * GAMMA)
-    world.state = Suspicion("i", version, expected=(Expected.by_gate(evaluation),))
+    world.state = Suspicion("i", version, asked_ms=-Rules().every_ms, expected=(Expected.by_gate(evaluation),))
     world.served, world.trends = ServedClasses(), {}
 
 
@@ -302,30 +307,25 @@ def _control(world: _World, now_s: float, rules: CollectionRules) -> None:
             world.cycle = replace(world.cycle, phase=Phase.COLLECTING, rows=0)
         else:
             world.trainings.append(now_s - BEGINS_S)
-            world.tainted = scene.incident.faulty and any(s.at_ms >= BEGINS_S * SECOND for s in stored)
     asked = bool(state.suspected or state.questioned)
     world.capturing = asked or collection.capture_wanted(world.cycle, rules)
 
 
 def _suspect(world: _World, now_s: float) -> None:
     scene, now_ms, rules = world.scene, round(now_s * SECOND), Rules()
-    falls = [
-        Fall(temperature, trend.short.value or 0.0, trend.long.value or 0.0)
-        for temperature, trend in world.trends.items()
-        if trend.drifting
-    ]
+    falls = [temperature for temperature, trend in world.trends.items() if trend.drifting]
     state, news = suspicion.look(world.state, world.served, falls, now_ms, rules, judgeable=True)
     wanted = suspicion.wish(state, world.served, now_ms, rules)
     if world.score is not None:
         if now_ms >= world.score[0]:
-            scores = _scores(world, world.score[1])
-            state, told = suspicion.judge(state, world.served, falls, scores)
+            scores = _scores(world, *world.score[1:])
+            state, told = suspicion.judge(state, world.served, scores)
             news, world.score = news + told, None
     elif wanted is not None:
         since_ms = wanted.since_ms + round(SHARD_AGE_S * SECOND)
         if sum(len(shard) for at_ms, shard in world.shards if at_ms >= since_ms) >= 10:
             state = suspicion.asked(state, wanted, "job", now_ms)
-            world.score = (now_ms + round(scene.score_s * SECOND), since_ms)
+            world.score = (now_ms + round(scene.score_s * SECOND), since_ms, wanted.tokens)
     for item in news:
         if item.kind == "engine-fault-suspected" and item.found is not None:
             world.alarms.append((now_s - BEGINS_S, suspicion.cause(item.found, state)))
@@ -335,13 +335,13 @@ def _suspect(world: _World, now_s: float) -> None:
         world.verdict, _ = verification.step(world.verdict, Doubted(now_ms, state.onset_ms))
 
 
-def _scores(world: _World, since_ms: int) -> tuple[SamplingScore, ...]:
+def _scores(world: _World, since_ms: int, most: int) -> tuple[SamplingScore, ...]:
     """What an evaluator says of the samples since then: some of them, by temperature."""
     samples = [sample for at_ms, shard in world.shards if at_ms >= since_ms for sample in shard]
     world.draw.shuffle(samples)
     chosen, tokens = list[_Sample](), 0
     for sample in samples:
-        if tokens < SCORED_TOKENS:
+        if tokens < most:
             chosen.append(sample)
             tokens += sample.rows
     temperatures = sorted({sample.temperature for sample in chosen})
@@ -387,7 +387,8 @@ def _checks(scene: Scene | None) -> tuple[Check, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """All outcomes of one incident. `worst_s`: of the first right alarm; trainings on samples of a fault are `tainted`."""
+    """All outcomes of one incident. `median_s`, `worst_s`: of the first right alarm. `trained_at_once`: within `UNKNOWABLE_S` of its
+    beginning; they are not among the `trained`."""
 
     incident: Incident
     runs: int
@@ -395,7 +396,7 @@ class Row:
     right_soon: int
     wrong: int
     trained: int
-    tainted: int
+    trained_at_once: int
     drifts: int
     unexplained: int
     median_s: float | None
@@ -411,8 +412,8 @@ def row(incident: Incident, outcomes: Sequence[Outcome]) -> Row:
         alarmed=sum(bool(outcome.alarms) for outcome in outcomes),
         right_soon=sum(0.0 <= at <= SOON_S for at in times),
         wrong=sum(any(at < 0 or not right(o.scene, kind) for at, kind in o.alarms) for o in outcomes),
-        trained=sum(bool(outcome.trainings) for outcome in outcomes),
-        tainted=sum(outcome.tainted for outcome in outcomes),
+        trained=sum(any(at > UNKNOWABLE_S for at in outcome.trainings) for outcome in outcomes),
+        trained_at_once=sum(any(at <= UNKNOWABLE_S for at in outcome.trainings) for outcome in outcomes),
         drifts=sum(outcome.drifted_s is not None for outcome in outcomes),
         unexplained=sum(outcome.unexplained for outcome in outcomes),
         median_s=times[len(times) // 2] if times else None,
@@ -420,7 +421,6 @@ def row(incident: Incident, outcomes: Sequence[Outcome]) -> Row:
     )
 
 
-def confusion(runs: int) -> tuple[list[Row], list[Outcome]]:
+def confusion(runs: int) -> list[Row]:
     """Every incident, so many times each."""
-    outcomes = [play(scene(incident, seed)) for incident in Incident for seed in range(runs)]
-    return [row(kind, [o for o in outcomes if o.scene.incident is kind]) for kind in Incident], outcomes
+    return [row(incident, [play(scene(incident, seed)) for seed in range(runs)]) for incident in Incident]

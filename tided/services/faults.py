@@ -22,8 +22,6 @@ from tided.services.monitor import EngineView
 from tided.store.samples import Shard, Split
 
 STATE = "fault"
-SCORED_TOKENS = 4_000
-"""Tokens that a check scores at most: seconds of one core, for it needs the target's whole head."""
 MAX_ATTEMPTS = 2
 AGAIN_MS = 10_000
 """Between two scores of one question."""
@@ -50,17 +48,17 @@ class FaultWatch:
         """Take what is known of the engine one step further. Raises `Unavailable`, `Superseded`."""
         context, rules = self._context, self._rules(target)
         before = await self.current(view.engine)
-        state, falls = before, view.falls()
+        state = before
         if (state.incarnation, state.version) != (view.info.incarnation, view.version):
             state = await self._fresh(view)
-        state, news = suspicion.look(state, view.served, falls, now_ms, rules, judgeable=_judgeable(view))
+        state, news = suspicion.look(state, view.served, view.falls(), now_ms, rules, judgeable=_judgeable(view))
         wanted = suspicion.wish(state, view.served, now_ms, rules) if _judgeable(view) else None
         if state.job:
             job = await context.jobs.get(state.job)
             if job is None or job.state.final:
                 result = job.result if job is not None and job.state is JobState.SUCCEEDED else None
                 scores = result.candidate.sampling if result is not None and result.candidate is not None else ()
-                state, told = suspicion.judge(state, view.served, falls, scores)
+                state, told = suspicion.judge(state, view.served, scores)
                 news += told
         elif wanted is not None and (spec := await self._spec(view, target, wanted)):
             state = suspicion.asked(state, wanted, new_id("job"), now_ms)
@@ -74,7 +72,7 @@ class FaultWatch:
         if state != before:
             await context.state.put(STATE, view.engine, state, context.leadership.require())
         self.warnings[view.engine] = _warning(view, state)
-        (self.held.add if state.held else self.held.discard)(view.engine)
+        self.held = self.held | {view.engine} if state.held else self.held - {view.engine}
         return state
 
     def _rules(self, target: Target) -> Rules:
@@ -117,7 +115,7 @@ class FaultWatch:
             held_out=tuple(str(shard.path) for shard in shards),
             gamma=view.info.gamma_max,
             mix=view.served.mix(),
-            options={"held_out_tokens": SCORED_TOKENS},
+            options={"held_out_tokens": wanted.tokens},
         )
 
     def _samples(self, target: str, engine: str, since_ms: int) -> list[Shard]:

@@ -19,7 +19,6 @@ from tided.model.errors import Refused
 from tided.model.records import EngineInfo, Observation, RequestStats, StepCounts, TapTotals
 from tided.policies.faults import ServedClasses
 from tided.policies.speedup import Acceptance, expected_length
-from tided.policies.suspicion import Fall
 from tided.policies.training import AcceptanceTrend, request_alpha
 from tided.store.engines import EngineStore
 
@@ -120,13 +119,9 @@ class EngineView:
         trends = self.trends.values()
         return max(trends, key=lambda trend: (trend.drifting, trend.samples), default=self.fresh_trend)
 
-    def falls(self) -> tuple[Fall, ...]:
+    def falls(self) -> tuple[float | None, ...]:
         """The temperatures whose acceptance is below its long average."""
-        return tuple(
-            Fall(temperature, trend.short.value or 0.0, trend.long.value or 0.0)
-            for temperature, trend in self.trends.items()
-            if trend.drifting
-        )
+        return tuple(temperature for temperature, trend in self.trends.items() if trend.drifting)
 
     def expect(self, conditional: tuple[float, ...]) -> None:
         """What an evaluation of the served version says about its acceptance."""
