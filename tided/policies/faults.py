@@ -41,8 +41,11 @@ def sampling_class(stats: RequestStats) -> float | None:
 
 @dataclass(slots=True)
 class ServedClass:
-    """The newest finished requests of one temperature, and when (by the reports, Redis TIME) each was reported. `drafted`: all that
-    drafted at all, `whole`: those in nearly all steps (see `WHOLE`), `requests`: of these the ones that samples are of. `seen`: how many there were of late in all."""
+    """The newest finished requests of one temperature, and when (by the reports, Redis TIME) each was reported.
+
+    `drafted`: all that drafted at all, `whole`: those in nearly all steps (see `WHOLE`), `requests`: of these the ones that samples
+    are of. `seen`: how many there were of late, in all.
+    """
 
     requests: deque[tuple[int, RequestStats]] = field(
         default_factory=lambda: deque[tuple[int, RequestStats]](maxlen=WINDOW)

@@ -4,8 +4,9 @@ A fall alone says neither. So it opens a question, and while that is open nothin
 captured since the fall began, and the answer is DRIFT when it scores as low as it serves, FAULT when it scores surely more. A fall
 is the trend's (`tided.policies.training`) or newest requests that are surely below what the draft is expected to give: what its gate's
 evaluation said of greedy requests, or what its own newest score said. Where the speculation policy has stopped drafting meanwhile,
-too little is served to compare; then it is DRIFT if the score has fallen by most of what the trend has, and if it has not, some
-requests must be drafted for (`held`). A question that nobody could answer in time is answered LATE, and taken for drift: a missing worker must not keep a target from training for ever.
+too little is served to compare; then it is DRIFT if the score has fallen by most of what the newest requests have, and if it has
+not, some requests must be drafted for (`held`). A question that nobody could answer in time is answered LATE, and taken for drift: a
+missing worker must not keep a target from training for ever.
 
 Without a fall the draft is scored now and then all the same, one temperature after the other.
 """
@@ -85,9 +86,10 @@ class Expected:
         return alpha_from_length(1.0 + accepted_at(self.conditional, gamma), gamma)
 
     def missed_by(self, served: ServedClass) -> bool:
-        """Whether newest requests, few or more of them, surely accept less."""
-        whole = [stats for _, stats in served.whole]
-        return any(len(whole) >= count and self._missed(whole[-count:]) for count in NEWEST)
+        """Whether newest requests, few or more of them, surely accept less. A version that nobody has scored here yet must answer for those
+        that a probe only touched, too: it may accept so little that it is not drafted with any more."""
+        requests = [stats for _, stats in (served.whole if self.own else served.drafted)]
+        return any(len(requests) >= count and self._missed(requests[-count:]) for count in NEWEST)
 
     def _missed(self, newest: Sequence[RequestStats]) -> bool:
         steps = [float(stats.spec_steps) for stats in newest]
@@ -170,7 +172,7 @@ class Cause(StrEnum):
 
     DRAFT = "draft"
     SAMPLING = "sampling"
-    LIKELIEST = "likeliest"  # sampled requests are drafted for greedily
+    LIKELIEST = "likeliest"  # sampled requests accept what greedy drafting would give: it is that, or sampling
     EITHER = "either"
 
 

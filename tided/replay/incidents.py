@@ -121,7 +121,7 @@ class Outcome:
 def right(scene: Scene, alarm: str) -> bool:
     """Whether an alarm is about what is wrong: of a sampler it must not blame the draft, and the other way round."""
     if scene.incident is Incident.TEMPERATURE:
-        return alarm in (Cause.SAMPLING, Cause.EITHER)
+        return alarm in (Cause.SAMPLING, Cause.LIKELIEST, Cause.EITHER)
     return scene.incident.faulty and alarm in (Cause.DRAFT, Cause.EITHER, PROBES)
 
 
@@ -282,7 +282,7 @@ def _store(world: _World, now_s: float) -> None:
 
 def _control(world: _World, now_s: float, rules: CollectionRules) -> None:
     """One cycle of the controller, as `tided.services` run it."""
-    scene, now_ms = world.scene, round(now_s * SECOND)
+    now_ms = round(now_s * SECOND)
     if _probing(world, now_s):
         return
     if world.verdict is not None and world.verdict.state is VerificationState.MISMATCH:

@@ -92,7 +92,8 @@ class Dispatcher:
     async def view(self, target: str) -> TrainingView:
         """For the status, in standby too."""
         collection = await self.current(target)
-        return self._shown(target, collection, await self._stockroom.stock(target, collection.since_ms))
+        stock = await self._stockroom.stock(target, collection.since_ms)
+        return self._shown(target, collection, stock, await self._context.now_ms())
 
     async def reconcile(self, pool: Pool, now_ms: int) -> TrainingView:
         """Take the target's training cycle one step further. Raises `Unavailable`, `Superseded`."""
@@ -107,7 +108,7 @@ class Dispatcher:
             collection, _ = await self._apply(pool, collection, RowsStored(now_ms, rows))
         if collection.phase is Phase.TRAINING:
             collection = await self._training(pool, collection, stock, now_ms)
-        return self._shown(target, collection, stock, pool)
+        return self._shown(target, collection, stock, now_ms, pool)
 
     async def request(self, pool: Pool, event: CollectionEvent) -> Job:
         """An operator asks for a training. Raises `Conflict` when one is under way, `Refused` when there is nothing to train on."""
@@ -162,7 +163,7 @@ class Dispatcher:
                 return collection
             case JobState.FAILED | JobState.CANCELLED:
                 why = job.error or f"job {job.id} was {job.state}"
-                return await self._ended(pool, collection, None, Outcome.FAILED, why, now_ms)
+                return await self._ended(pool, collection, job, Outcome.FAILED, why, now_ms)
             case JobState.SUCCEEDED:
                 return await self._succeeded(pool, collection, job, now_ms)
 
@@ -258,8 +259,17 @@ class Dispatcher:
             await self._stockroom.retire(pool.digest, job.spec.shards)
         failpoints.hit("dispatcher.retired")
         await self._context.announce("training-ended", pool.target.name, f"{outcome}: {why}", job=collection.job)
-        after, _ = await self._apply(pool, collection, TrainingEnded(now_ms, outcome))
+        gain, worker_ms = self._gain(job), _worker_ms(job)
+        after, _ = await self._apply(pool, collection, TrainingEnded(now_ms, outcome, gain, worker_ms))
         return after
+
+    def _gain(self, job: Job | None) -> float:
+        """By which share the gate found the job's draft better; 1.0 where it found nothing."""
+        result = job.result if job is not None else None
+        if result is None or result.incumbent is None or result.candidate is None:
+            return 1.0
+        decision = gate.judge(result.incumbent, result.candidate, self._context.config.gate)
+        return decision.gain / decision.incumbent if decision.incumbent > 0.0 else 1.0
 
     async def _stored(self, pool: Pool, job: Job, result: JobResult, now_ms: int) -> Draft:
         """The job's draft in the store; the same record when it is there already."""
@@ -307,6 +317,10 @@ class Dispatcher:
             min_rows=settings.min_rows,
             max_rows=AHEAD * settings.min_rows,
             cool_down_ms=round(settings.cool_down_s * 1000),
+            jobs_per_hour=settings.jobs_per_hour,
+            worker_ms_per_hour=round(settings.worker_s_per_hour * 1000),
+            job_ms=round(settings.budget_s * 1000),
+            plateau_gain=settings.plateau_gain,
         )
 
     def _ripe_rows(self, pool: Pool, stock: Stock) -> int:
@@ -316,12 +330,15 @@ class Dispatcher:
         ripe = stock.judgeable and not pool.suspected and not pool.questioned
         return stock.fresh_rows if ripe else min(stock.fresh_rows, least - 1)
 
-    def _shown(self, target: str, collection: Collection, stock: Stock, pool: Pool | None = None) -> TrainingView:
+    def _shown(
+        self, target: str, collection: Collection, stock: Stock, now_ms: int, pool: Pool | None = None
+    ) -> TrainingView:
         settings = self._context.training_for(target)
         suspected, questioned = (pool.suspected, pool.questioned) if pool is not None else ((), ())
         # Without samples nobody can say whether an engine is at fault, or no more.
         asked = bool(suspected or questioned)
-        capture = settings.enabled and (asked or machine.capture_wanted(collection, self._rules(target)))
+        rules = self._rules(target)
+        capture = settings.enabled and (asked or machine.capture_wanted(collection, rules))
         if not settings.enabled:
             return TrainingView(collection, stock, capture, "training is disabled in the configuration")
         match collection.phase:
@@ -329,10 +346,17 @@ class Dispatcher:
                 reason = f"job {collection.job}, or its draft's gate and deployment, is under way"
             case Phase.STOPPED:
                 reason = "the last training gave nothing better: waiting for drift"
+                if machine.plateaued(collection, rules):
+                    gains = ", ".join(f"{gain:.1%}" for gain in collection.gains)
+                    reason = f"the last trainings gained next to nothing ({gains}): waiting for drift"
             case Phase.COLLECTING:
                 reason = f"{stock.fresh_rows} of {settings.min_rows} rows"
                 if stock.fresh_rows >= settings.min_rows and not stock.judgeable:
                     reason += ", waiting for more held-out requests"
+                elif stock.fresh_rows >= settings.min_rows and now_ms < collection.not_before_ms:
+                    reason += f", cooling down for {(collection.not_before_ms - now_ms) / 1000:.0f} s"
+                if over := machine.over_budget(collection, now_ms, rules):
+                    reason += f", {over}"
         if collection.phase is not Phase.TRAINING and suspected:
             reason += f", not training while a fault of {', '.join(suspected)} is suspected"
         elif collection.phase is not Phase.TRAINING and questioned:
@@ -367,6 +391,11 @@ def _canary(pool: Pool, job: Job, result: JobResult) -> Deployment | None:
         and member.deployment.created_ms >= job.finished_ms
     ]
     return min(found, key=_progress, default=None)
+
+
+def _worker_ms(job: Job | None) -> int:
+    """What its newest attempt took."""
+    return max(job.finished_ms - job.started_ms, 0) if job is not None and job.started_ms else 0
 
 
 def _progress(deployment: Deployment) -> tuple[bool, bool]:

@@ -170,7 +170,8 @@ def _suspect(kind: str, found: Comparison, cause: Cause) -> str:
             return f"suspect {engine}, or {sampler}, not the traffic{known}"
         case Cause.LIKELIEST:
             option = ' ("draft_sample_method": "probabilistic" in --speculative-config)' if kind == "vllm" else ""
-            return f"the engine drafts its likeliest token instead of a sampled one; let it sample{option}"
+            how = f"the engine drafts its likeliest token instead of a sampled one: let it sample{option}"
+            return f"{how}; if it does, suspect {sampler}"
         case Cause.SAMPLING:
             less = f"less than even greedy drafting would give ({found.likeliest:.2f})"
             return f"{less}: suspect {sampler}, not the traffic{known}"
