@@ -257,7 +257,9 @@ def _trend_judged(state: Collection, since_ms: int, low: tuple[str, ...]) -> Ste
     if not fell or state.drifts > (state.drifts_seen if in_training else state.drifts_answered):
         return judged, ()
     phase = Phase.TRAINING if in_training else Phase.COLLECTING
-    return replace(judged, phase=phase, drifts=state.drifts + 1, since_ms=since_ms, rows=0, gains=()), (AnnounceDrift(fell),)
+    return replace(judged, phase=phase, drifts=state.drifts + 1, since_ms=since_ms, rows=0, gains=()), (
+        AnnounceDrift(fell),
+    )
 
 
 def _ended(state: Collection, event: TrainingEnded, rules: CollectionRules) -> Step:

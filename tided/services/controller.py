@@ -185,7 +185,8 @@ class Controller:
             await self._capture(view, False, done)
             return problem
         if deployment is None or deployment.state.final:
-            suspicion = await self.faults.reconcile(view, context.target_of(view.info.target), now_ms)
+            peers = [peer for peer in self.monitor.views.values() if peer.info.target.digest == view.info.target.digest]
+            suspicion = await self.faults.reconcile(view, peers, context.target_of(view.info.target), now_ms)
             if suspicion.questioned:
                 await self.selftest.doubt(view, suspicion.onset_ms, now_ms)
         else:

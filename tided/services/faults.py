@@ -8,14 +8,17 @@ again; while it stands, or a fall is not explained, no training begins of itself
 lack the last hidden state, cannot be judged.
 """
 
+from collections.abc import Sequence
+
 import anyio.to_thread
 
 from tided.model import failpoints
 from tided.model.errors import Refused
 from tided.model.ids import new_id
 from tided.model.records import Capability, Draft, DraftOrigin, JobKind, JobSpec, JobState
-from tided.policies import suspicion
+from tided.policies import slices, suspicion
 from tided.policies.faults import MIN_PROMPTS, MIN_SCORED_STEPS, Comparison, Verdict
+from tided.policies.slices import Served, Slice
 from tided.policies.suspicion import Cause, Expected, News, Rules, Suspicion, Wish
 from tided.services.context import Context, Target
 from tided.services.monitor import EngineView
@@ -44,8 +47,8 @@ class FaultWatch:
     async def current(self, engine: str) -> Suspicion:
         return await self._context.state.get(Suspicion, STATE, engine) or Suspicion()
 
-    async def reconcile(self, view: EngineView, target: Target, now_ms: int) -> Suspicion:
-        """Take what is known of the engine one step further. Raises `Unavailable`, `Superseded`."""
+    async def reconcile(self, view: EngineView, peers: Sequence[EngineView], target: Target, now_ms: int) -> Suspicion:
+        """Take what is known of the engine one step further. `peers`: the engines of its target. Raises `Unavailable`, `Superseded`."""
         context, rules = self._context, self._rules(target)
         before = await self.current(view.engine)
         state = before
@@ -68,10 +71,10 @@ class FaultWatch:
             failpoints.hit("faults.submitting")
             await context.jobs.submit(spec, context.leadership.require(), MAX_ATTEMPTS, state.job)
         for item in news:
-            await self._announce(view, state, item)
+            await self._announce(view, peers, state, item)
         if state != before:
             await context.state.put(STATE, view.engine, state, context.leadership.require())
-        self.warnings[view.engine] = _warning(view, state)
+        self.warnings[view.engine] = _warning(view, peers, state)
         self.held = self.held | {view.engine} if state.held else self.held - {view.engine}
         return state
 
@@ -126,16 +129,23 @@ class FaultWatch:
         ]
         return [shard for shard in shards if shard.created_ms >= since_ms and shard.has_last]
 
-    async def _announce(self, view: EngineView, state: Suspicion, news: News) -> None:
+    async def _announce(self, view: EngineView, peers: Sequence[EngineView], state: Suspicion, news: News) -> None:
         context, found = self._context, news.found
         if found is None:
             message = "acceptance fell, and no score said in time whether the draft or the engine is the cause: taken for drift"
             await context.announce(news.kind, view.engine, message, temperatures=list(state.fell))
             return
         figures = {"served": round(found.served, 3), "scored": round(found.scored, 3), "error": round(found.error, 4)}
-        message = describe(view.info.kind, found, suspicion.cause(found, state))
+        parts = cut(view, peers, state, found)
+        message = describe(view.info.kind, found, suspicion.cause(found, state), slices.where(parts))
         await context.announce(
-            news.kind, view.engine, message, temperature=found.temperature, requests=found.requests, **figures
+            news.kind,
+            view.engine,
+            message,
+            temperature=found.temperature,
+            requests=found.requests,
+            **figures,
+            slices=[_plain(part) for part in parts],
         )
 
 
@@ -143,20 +153,48 @@ def _judgeable(view: EngineView) -> bool:
     return {Capability.TAP, Capability.LAST_HIDDEN} <= set(view.info.capabilities)
 
 
-def _warning(view: EngineView, state: Suspicion) -> str:
+def _warning(view: EngineView, peers: Sequence[EngineView], state: Suspicion) -> str:
     if not state.suspected:
         return ""
-    told = (describe(view.info.kind, comparison, suspicion.cause(comparison, state)) for comparison in state.suspected)
+    told = (
+        describe(view.info.kind, found, suspicion.cause(found, state), slices.where(cut(view, peers, state, found)))
+        for found in state.suspected
+    )
     return f"engine {view.engine}: {'; '.join(told)}. No training begins until this is mended"
 
 
-def describe(kind: str, found: Comparison, cause: Cause) -> str:
-    """One sentence: the class, the figures, and what to look at."""
+def cut(view: EngineView, peers: Sequence[EngineView], state: Suspicion, found: Comparison) -> tuple[Slice, ...]:
+    """The requests of that temperature since it fell, beside those of the version before and of the target's other engines."""
+    at = found.temperature
+    requests: list[Served] = []
+    for peer in (view, *(peer for peer in peers if peer.engine != view.engine)):
+        own = peer.engine == view.engine
+        for version, since_ms in ((peer.served, state.onset_ms if own else 0), (peer.before, 0)):
+            whole = version.classes[at].whole if at in version.classes and (own or version is peer.served) else ()
+            requests += [Served(stats, peer.engine, peer.info.build) for at_ms, stats in whole if at_ms >= since_ms]
+    shares, expected = dict(view.served.mix()), [item for item in state.expected if item.own]
+    total = sum(shares.get(item.temperature, 0.0) for item in expected)
+    positions = max((len(item.conditional) for item in expected), default=0) if total else 0
+    scored = [
+        sum(shares.get(item.temperature, 0.0) * item.conditional[k] for item in expected) / total
+        for k in range(positions)
+    ]
+    by_position = slices.by_position(view.live.hits, view.live.trials, scored, found.requests)
+    return by_position + slices.sliced(requests)
+
+
+def _plain(part: Slice) -> dict[str, object]:
+    figures = {"accepted": round(part.accepted, 3), "rest": round(part.rest, 3)}
+    return {"by": part.by, "part": part.part, "requests": part.requests, **figures, "low": part.low}
+
+
+def describe(kind: str, found: Comparison, cause: Cause, where: str = "") -> str:
+    """One sentence: the class, the figures, what to look at, and where most is lost."""
     requests = "greedy requests" if found.temperature == 0.0 else f"requests at temperature {found.temperature:g}"
     figures = f"{requests} are served at acceptance length {found.served:.2f}, their draft scores {found.scored:.2f}"
     if found.verdict is not Verdict.FAULT:
         return f"{figures}: they agree again"
-    return f"{figures}: {_suspect(kind, found, cause)}"
+    return f"{figures}: {_suspect(kind, found, cause)}" + (f"; {where}" if where else "")
 
 
 def _suspect(kind: str, found: Comparison, cause: Cause) -> str:

@@ -101,6 +101,7 @@ class EngineView:
     last_report_s: float | None = None
     trends: dict[float | None, AcceptanceTrend] = field(default_factory=dict[float | None, AcceptanceTrend])
     served: ServedClasses = field(default_factory=ServedClasses)  # by this version
+    before: ServedClasses = field(default_factory=ServedClasses)  # and by the one before it
     fault: str = ""  # of its adapter, which could not look at it in the newest poll
     slices: deque[_Slice] = field(default_factory=deque)
 
@@ -151,6 +152,8 @@ class EngineView:
         """Another version serves: forget the acceptance of the one before."""
         self.version, self.prior, self.live = version, Acceptance(), Acceptance()
         self.fresh_trend, self.expected = self.fresh_trend.restart(version), False
+        if self.served.classes:
+            self.before = self.served
         self.trends, self.served = {}, ServedClasses()
         self.measured.clear()
 
