@@ -150,6 +150,7 @@ _EVENTS = st.one_of(
     st.builds(ProbeFailed, _TIMES, st.integers(0, 3), st.just("no")),
     st.builds(DraftServed, _TIMES, st.sampled_from(("v0", "v1"))),
     st.builds(Listened, _TIMES, _CHECKS),
+    st.builds(Doubted, _TIMES, _TIMES),
     st.builds(TimePassed, _TIMES),
 )
 

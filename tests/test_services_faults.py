@@ -15,7 +15,7 @@ from tided.model.records import Capability, Evaluation, Job, JobKind, JobResult,
 from tided.policies.faults import WINDOW, Comparison, Verdict
 from tided.policies.speedup import expected_length
 from tided.policies.suspicion import TOKENS, Suspicion, cause
-from tided.services.faults import describe
+from tided.services.faults import AGAIN_MS, STATE, describe
 from tided.services.monitor import EngineView
 
 pytestmark = pytest.mark.real
@@ -43,8 +43,11 @@ class Scene:
         store_samples(self.control.context.config, self.target, ENGINE, train, held_out, created_ms)
 
     def switch_off(self) -> None:
+        self.training(fault_check_s=0.0)
+
+    def training(self, **changed: float) -> None:
         config = self.control.context.config
-        training = config.training.model_copy(update={"fault_check_s": 0.0})
+        training = config.training.model_copy(update=changed)
         self.control.context.config = config.model_copy(update={"training": training})
 
     async def captures(self) -> bool:
@@ -61,11 +64,11 @@ class Scene:
         await self.engine.report(alpha=alpha, requests=requests, temperature=temperature, at_ms=at_ms)
         await self.control.cycle()
 
-    async def served_now(self, alpha: float) -> None:
+    async def served_now(self, alpha: float, requests: int = WINDOW) -> None:
         """After what was asked so far, with samples of it."""
         now_ms = await self.control.context.now_ms() + 1
         self.samples(train=1, created_ms=now_ms + 1)
-        await self.served(alpha, at_ms=now_ms)
+        await self.served(alpha, requests, at_ms=now_ms)
 
     async def judge(self, **alphas: float) -> None:
         """The score that is asked for next says so, by temperature ("t07")."""
@@ -280,3 +283,75 @@ def test_what_to_look_at_is_named() -> None:
     # Nobody knows whether greedy requests are served well.
     assert "layer ids" in told("vllm", 0.7, 1.3)
     assert "verifies sampled requests" in told("vllm", 0.7, 1.3)
+
+
+async def drifting(scene: Scene, alpha: float) -> None:
+    """Steady at first, scored as it serves; then lower, with new samples."""
+    scene.samples(train=1)
+    await scene.served(0.6)
+    await scene.judge(t07=0.6)
+    now_ms = await scene.control.context.now_ms() + 1
+    await scene.served(alpha, 8, at_ms=now_ms)
+    assert scene.view.trend.drifting
+    scene.samples(created_ms=now_ms + 1)
+    await scene.served(alpha, 40, at_ms=now_ms)
+
+
+async def test_a_fall_is_no_drift_and_trains_nothing_before_a_score_has_said_so(scene: Scene) -> None:
+    await drifting(scene, 0.3)
+    await scene.control.cycle()
+    assert await scene.control.events("drift-detected", "training-started") == []
+    [status] = await scene.control.plane.engines()
+    assert f"not training until a score says why the acceptance of {ENGINE} has fallen" in status.training.reason
+    [explained] = await scene.control.plane.explain(None)
+    assert explained.training == status.training.reason
+    assert scene.view.info.capturing
+    await scene.judge(t07=0.3)
+    assert await scene.control.events("engine-fault-suspected") == []
+
+    async def trains() -> bool:
+        await scene.control.cycle()
+        return JobKind.TRAIN in {job.spec.kind for job in await scene.control.context.jobs.list()}
+
+    await eventually(trains)
+    assert len(await scene.control.events("drift-detected")) == 1
+
+
+async def test_a_fall_that_the_score_does_not_have_is_a_fault_and_no_drift(scene: Scene) -> None:
+    await drifting(scene, 0.25)
+    await scene.judge(t07=0.6)
+    (event,) = await scene.control.events("engine-fault-suspected")
+    assert {part["by"] for part in event.data["slices"]} >= {"position"}
+    assert await scene.control.events("drift-detected", "training-started") == []
+
+
+async def test_the_score_that_explains_a_fall_does_not_wait_for_the_next_check(scene: Scene) -> None:
+    scene.samples(train=1)
+    await scene.served(0.6)
+    await scene.judge(t07=0.6)
+    scene.training(fault_check_s=3600.0)
+    await scene.served_now(0.6)
+    count = len(await scene.scores())
+    context = scene.control.context
+    state = await scene.control.controller.faults.current(ENGINE)
+    earlier = replace(state, asked_ms=state.asked_ms - AGAIN_MS)
+    await context.state.put(STATE, ENGINE, earlier, context.leadership.require())
+    await scene.control.cycle()
+    assert len(await scene.scores()) == count
+    await scene.served_now(0.25, 40)
+    await scene.control.cycle()
+    assert len(await scene.scores()) == count + 1
+
+
+async def test_a_missing_worker_keeps_training_waiting_no_longer_than_configured(scene: Scene) -> None:
+    scene.training(fault_wait_s=0.5)
+    await drifting(scene, 0.3)
+
+    async def trains() -> bool:
+        await scene.control.cycle()
+        return JobKind.TRAIN in {job.spec.kind for job in await scene.control.context.jobs.list()}
+
+    await eventually(trains)
+    (told,) = await scene.control.events("acceptance-unexplained")
+    assert "taken for drift" in told.message
+    assert await scene.control.events("drift-detected")
