@@ -33,6 +33,7 @@ from tided.local import LocalStack, services
 
 GAMMA = 3
 PAIRS = {1: 50, 8: 40}
+IDLE_PAIRS = {16: 14, 1: 16, 8: 12}
 STOCK: Mapping[str, str | None] = {"--middleware": None}
 NO_DRAFT: Mapping[str, str | None] = {"--speculative-config": None, **STOCK}
 
@@ -47,7 +48,7 @@ async def started(model: Path, engines: Sequence[Engine], policy: Mapping[str, A
             {
                 "daemon": {"state_dir": str(work / "state")},
                 "target": {"path": str(model)},
-                "engine": {"max_context": MAX_CONTEXT},
+                "engine": {"max_context": MAX_CONTEXT, "max_batch": max(*PAIRS, *IDLE_PAIRS)},
                 "training": {"min_rows": NEVER_ROWS},
                 "self_test": {"enabled": False},  # there is no worker here
             },
@@ -126,8 +127,8 @@ async def nothing(model: Path) -> list[Claim]:
     )
     claims: list[Claim] = []
     async with started(model, engines, {"mode": "off"}) as urls:
-        for concurrency, pairs in PAIRS.items():
-            rates = await turns(urls, concurrency, pairs // 2, REST_S)
+        for concurrency, pairs in IDLE_PAIRS.items():
+            rates = await turns(urls, concurrency, pairs, REST_S)
             for name, how in (
                 ("forward", "with the draft's forward in every step"),
                 ("skipped", "the forward left out"),

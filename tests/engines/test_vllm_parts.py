@@ -231,6 +231,24 @@ def test_v2_is_tapped_but_not_in_dummy_runs(monkeypatch: pytest.MonkeyPatch) -> 
     assert side.status().broken == ()
 
 
+@pytest.mark.parametrize(("metadata", "verified"), [(2, True), (0, False), (None, False)])
+def test_what_drafted_nothing_is_sampled_and_not_verified(
+    monkeypatch: pytest.MonkeyPatch, metadata: int | None, verified: bool
+) -> None:
+    runner = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=64),
+        drafter=SimpleNamespace(propose=lambda: None),
+        execute_model=lambda output: None,
+        propose_draft_token_ids=lambda hidden_states: None,
+        _sample=lambda logits, spec_decode_metadata: (logits, spec_decode_metadata is not None),
+        get_draft_model=lambda: None,
+    )
+    side = attached(monkeypatch, runner, make_tap(last=True).settings)
+    side.publisher.close(0.0) if side.publisher else None
+    given = SimpleNamespace(max_spec_len=metadata) if metadata is not None else None
+    assert runner._sample("logits", given) == ("logits", verified)
+
+
 def test_a_hook_that_fails_is_counted_and_the_step_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = FakeV2()
     side = attached(monkeypatch, runner, make_tap().settings)

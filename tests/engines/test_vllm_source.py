@@ -27,6 +27,7 @@ FUNCTIONS = {
     (SCHEDULER, "Scheduler.finish_requests"): {"request_ids"},
     (RUNNER_V1, "GPUModelRunner.execute_model"): {"scheduler_output"},
     (RUNNER_V1, "GPUModelRunner.propose_draft_token_ids"): {"hidden_states"},
+    (RUNNER_V1, "GPUModelRunner._sample"): {"logits", "spec_decode_metadata"},
     (RUNNER_V1, "GPUModelRunner.get_draft_model"): set[str](),
     (RUNNER_V2, "GPUModelRunner.execute_model"): {"scheduler_output"},
     (RUNNER_V2, "GPUModelRunner.get_draft_model"): set[str](),
@@ -83,8 +84,14 @@ FIELDS = {
 }
 # Text that must be there: calls through the instance, which is what makes them hookable.
 CALLS = {
-    RUNNER_V1: ("self.drafter.propose(", "self.propose_draft_token_ids("),
+    RUNNER_V1: (
+        "self.drafter.propose(",
+        "self.propose_draft_token_ids(",
+        "self._sample(logits, spec_decode_metadata)",
+        "if spec_decode_metadata is None:\n            return self.sampler(",
+    ),
     RUNNER_V2: ("self.speculator.propose(",),
+    "v1/spec_decode/metadata.py": ("self.max_spec_len = max(self.num_draft_tokens)",),
     SCHEDULER: ("self.dynamic_sd_lookup[", "self._free_request(", "request.spec_token_ids = []"),
     CORE: (
         "self._handle_client_request(*req)",

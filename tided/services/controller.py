@@ -55,7 +55,7 @@ class Controller:
         self.deployer = Deployer(context)
         self.heads = Heads(context)
         self.dispatcher = Dispatcher(context, self.deployer, self.heads)
-        self.speculator = Speculator(context.drafts)
+        self.speculator = Speculator(context)
         self.selftest = SelfTest(context, self._draft_of)
         self.faults = FaultWatch(context)
         self.problems: dict[str, str] = {}

@@ -158,15 +158,17 @@ async def _engine(controller: Controller, view: EngineView) -> list[Check]:
             "what an engine does not declare is never asked of it" if missing else "",
         )
     )
-    checks.append(_profile(info.profile is not None))
+    checks.append(await _profile(controller, view))
     checks.append(await _draft(controller, view))
     checks += await _samples(controller, view)
     return checks + await _selftest(controller, view)
 
 
-def _profile(known: bool) -> Check:
-    if known:
+async def _profile(controller: Controller, view: EngineView) -> Check:
+    if view.info.profile is not None:
         return Check("latency profile", _OK, "measured")
+    if await controller.speculator.profiles.of(view.info) is not None:
+        return Check("latency profile", _OK, "measured before its restart")
     return Check("latency profile", _SKIPPED, "not measured", "without it the policy cannot predict speedup")
 
 

@@ -8,12 +8,13 @@ import structlog
 
 from tided.config import SpeculationConfig
 from tided.model.errors import Refused
-from tided.model.records import EngineInfo, PolicySetting, SpeculationMode
+from tided.model.records import EngineInfo, LatencyProfile, PolicySetting, SpeculationMode
 from tided.policies.base import SpeculationDecision, SpeculationObservation, SpeculationPolicy
 from tided.policies.registry import policy_for
 from tided.policies.speedup import monotone
+from tided.services.context import Context
 from tided.services.monitor import EngineView
-from tided.store.drafts import DraftStore
+from tided.services.profiles import Profiles
 
 _log = structlog.get_logger()
 
@@ -21,8 +22,9 @@ _log = structlog.get_logger()
 class Speculator:
     """Holds the policy's state for each engine incarnation; `decisions` are the newest, for the status."""
 
-    def __init__(self, drafts: DraftStore) -> None:
-        self._drafts = drafts
+    def __init__(self, context: Context) -> None:
+        self._drafts = context.drafts
+        self.profiles = Profiles(context)
         self._made: tuple[SpeculationConfig, SpeculationPolicy[Any] | Refused] | None = None
         self._states: dict[str, tuple[str, Any]] = {}
         self.decisions: dict[str, SpeculationDecision] = {}
@@ -40,9 +42,10 @@ class Speculator:
         held: bool = False,
     ) -> SpeculationDecision:
         """The schedule that the engine should have now, with the figures that led to it. `held`: a token in every step at least, for
-        only requests that are drafted for throughout can tell what is wrong."""
+        only requests that are drafted for throughout can tell what is wrong. Raises `Unavailable`, `Superseded`."""
         await self._expect(view)
-        decision = self._decide(view, setting, config, now_s, watching=watching)
+        profile = await self.profiles.of(view.info)
+        decision = self._decide(view, profile, setting, config, now_s, watching=watching)
         if held and setting.mode is SpeculationMode.AUTO and view.version:
             gammas = tuple(max(gamma, 1) for gamma in decision.gammas)
             reason = "a token is drafted in every step until it is known why acceptance fell"
@@ -52,13 +55,21 @@ class Speculator:
 
     def forget(self, engines: set[str]) -> None:
         """Engines that are gone."""
+        self.profiles.forget(engines)
         for engine in engines:
             self._states.pop(engine, None)
             self.decisions.pop(engine, None)
             self.problems.pop(engine, None)
 
     def _decide(
-        self, view: EngineView, setting: PolicySetting, config: SpeculationConfig, now_s: float, *, watching: bool
+        self,
+        view: EngineView,
+        profile: LatencyProfile | None,
+        setting: PolicySetting,
+        config: SpeculationConfig,
+        now_s: float,
+        *,
+        watching: bool,
     ) -> SpeculationDecision:
         info, measured = view.info, view.told()
         before = self.problems.pop(view.engine, "")
@@ -69,12 +80,12 @@ class Speculator:
         if setting.mode is SpeculationMode.FIXED:
             gamma = min(setting.gamma, info.gamma_max) if info.version else 0
             return _constant(info, gamma, alpha, f"the operator set {setting.gamma} drafted tokens")
-        if info.profile is None:
+        if profile is None:
             return _constant(info, 0, alpha, "the engine has no latency profile: no speedup can be predicted")
         seen = SpeculationObservation(
             now_s=now_s,
             version=view.version,
-            profile=monotone(info.profile),
+            profile=monotone(profile),
             acceptance=view.acceptance,
             measured=measured,
             running=view.running,

@@ -85,6 +85,8 @@ class WorkerSide:
             if request.tap.has_last and not self._v2:
                 self._hook_last()
         self._hook_propose()
+        if not self._v2:
+            self._hook_sample()
         if self.publisher is not None:
             self.publisher.start()
         self.attached = Attached(self._rank, self.tap is not None, self.attached.runner, version, vocab_id, problem)
@@ -155,6 +157,16 @@ class WorkerSide:
             return drafted
 
         self._drafter.propose = propose
+
+    def _hook_sample(self) -> None:
+        """V1 with a draft verifies in every step, also where nothing was drafted: then it samples as without a draft, which costs less."""
+        original = self._runner._sample
+
+        def sample(logits: Any, spec_decode_metadata: Any) -> Any:
+            drafted = spec_decode_metadata is not None and spec_decode_metadata.max_spec_len > 0
+            return original(logits, spec_decode_metadata if drafted else None)
+
+        self._runner._sample = sample
 
     def _guarded(self, body: Callable[[Any], None], argument: Any) -> None:
         try:
