@@ -11,7 +11,16 @@ from tests.conftest import Valkey
 from tests.control import Control, leading, settings, store_samples
 from tests.engine_double import EngineDouble, describe_double, running_double
 from tests.support import eventually
-from tided.model.records import Capability, Evaluation, Job, JobKind, JobResult, JobState, SamplingScore
+from tided.model.records import (
+    Capability,
+    Evaluation,
+    Job,
+    JobKind,
+    JobResult,
+    JobState,
+    SamplingScore,
+    SpeculationMode,
+)
 from tided.policies.faults import WINDOW, Comparison, Verdict
 from tided.policies.speedup import expected_length
 from tided.policies.suspicion import TOKENS, Suspicion, cause
@@ -341,6 +350,28 @@ async def test_the_score_that_explains_a_fall_does_not_wait_for_the_next_check(s
     await scene.served_now(0.25, 40)
     await scene.control.cycle()
     assert len(await scene.scores()) == count + 1
+
+
+async def test_an_engine_of_which_too_little_is_drafted_drafts_until_it_is_known_why(scene: Scene) -> None:
+    await drifting(scene, 0.25)
+    faults, context = scene.control.controller.faults, scene.control.context
+    state = replace(await faults.current(ENGINE), held=True)
+    assert state.questioned
+    scene.training(fault_check_s=3600.0)
+    await context.state.put(STATE, ENGINE, state, context.leadership.require())
+
+    async def drafts() -> bool:
+        await scene.control.cycle()
+        return min(scene.view.info.gammas) >= 1
+
+    await eventually(drafts)
+    await scene.control.plane.set_policy(SpeculationMode.OFF, 0, "test")
+
+    async def obeys() -> bool:
+        await scene.control.cycle()
+        return not any(scene.view.info.gammas)
+
+    await eventually(obeys)
 
 
 async def test_a_missing_worker_keeps_training_waiting_no_longer_than_configured(scene: Scene) -> None:

@@ -181,7 +181,7 @@ class _World:
 
 
 def play(scene: Scene) -> Outcome:
-    """Run one scene to its end, or to its first training after the incident."""
+    """Run one scene to its end, or to the first training that the incident may have led to."""
     world = _World(scene, random.Random(scene.seed))
     rules = CollectionRules(min_rows=scene.min_rows, max_rows=3 * scene.min_rows)
     phase = Phase.STOPPED if scene.stopped else Phase.COLLECTING
@@ -199,7 +199,7 @@ def play(scene: Scene) -> Outcome:
         _serve(world, now_s)
         _store(world, now_s)
         _control(world, now_s, rules)
-        if world.trainings:
+        if world.trainings and world.trainings[-1] > UNKNOWABLE_S:
             break
     return Outcome(scene, tuple(world.alarms), tuple(world.trainings), world.drifted_s, world.unexplained)
 
