@@ -117,7 +117,7 @@ async def scene(valkey: Valkey, tmp_path: Path, target: Path, first: Path) -> As
 
 
 async def test_a_fault_is_told_once_stays_a_warning_and_trains_nothing(scene: Scene) -> None:
-    scene.samples()  # as many rows as a training needs
+    scene.samples(train=1)
     await scene.served(0.6, temperature=0.0)
     await scene.judge(t00=0.6)
     assert await scene.warnings() == []
@@ -135,6 +135,7 @@ async def test_a_fault_is_told_once_stays_a_warning_and_trains_nothing(scene: Sc
     await scene.served_now(0.25)
     await scene.judge(t00=0.6, t07=0.6)
     assert len(await scene.control.events("engine-fault-suspected")) == 1
+    scene.samples(created_ms=NOW_MS + 2000)  # as many rows as a training needs
 
     async def rich() -> bool:
         await scene.control.cycle()

@@ -413,7 +413,7 @@ def row(incident: Incident, outcomes: Sequence[Outcome]) -> Row:
         right_soon=sum(0.0 <= at <= SOON_S for at in times),
         wrong=sum(any(at < 0 or not right(o.scene, kind) for at, kind in o.alarms) for o in outcomes),
         trained=sum(any(at > UNKNOWABLE_S for at in outcome.trainings) for outcome in outcomes),
-        trained_at_once=sum(any(at <= UNKNOWABLE_S for at in outcome.trainings) for outcome in outcomes),
+        trained_at_once=sum(bool(o.trainings) and max(o.trainings) <= UNKNOWABLE_S for o in outcomes),
         drifts=sum(outcome.drifted_s is not None for outcome in outcomes),
         unexplained=sum(outcome.unexplained for outcome in outcomes),
         median_s=times[len(times) // 2] if times else None,
