@@ -234,6 +234,10 @@ class Recipe(StrEnum):
     REFRESH = "refresh"
 
 
+CHECKPOINT_FILE = "checkpoint.safetensors"
+"""In a train job's directory while it runs: another attempt that finds it there goes on from it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A draft version, and the directory of its files."""
