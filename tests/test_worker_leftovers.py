@@ -63,3 +63,12 @@ def test_the_end_of_a_job_leaves_its_last_attempt(mine: Path, tmp_path: Path) ->
     assert list(tmp_path.glob("*/job-1/*")) == [mine]
     leftovers.remove(mine)
     assert not list(tmp_path.glob("*/job-1"))
+
+
+def test_a_directory_under_a_second_name_is_no_other(mine: Path, tmp_path: Path) -> None:
+    (mine / CHECKPOINT_FILE).write_text("twelve")
+    (tmp_path / "current").symlink_to(tmp_path / "w1", target_is_directory=True)
+    gone = left(tmp_path / "w2", 11, "eleven")
+    leftovers.remove_others(mine)
+    assert (mine / CHECKPOINT_FILE).read_text() == "twelve"
+    assert not gone.exists()

@@ -51,8 +51,8 @@ def remove_others(directory: Path) -> None:
 def _others(directory: Path) -> Iterator[Path]:
     work_dirs, job = directory.parents[2], directory.parent.name
     for path in work_dirs.glob(f"*/{job}/attempt-*"):
-        with suppress(OSError):
-            if path != directory and path.stat().st_uid == os.geteuid():
+        with suppress(OSError):  # a worker's directory may be there under a second name
+            if not path.samefile(directory) and path.stat().st_uid == os.geteuid():
                 yield path
 
 
