@@ -106,6 +106,8 @@ def store_samples(config: Config, target: Path, engine: str, train: int, held_ou
     digest = describe(target).digest
     random = np.random.default_rng(created_ms)
     for split, count in (("train", train), ("held-out", held_out)):
+        if not count:
+            continue
         samples = [
             Sample(random.normal(size=(25, 4, 48)).astype(np.float32), random.integers(3, 90, 27), 5)
             for _ in range(count)

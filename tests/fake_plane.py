@@ -29,8 +29,10 @@ from tided.model.records import (
 )
 from tided.model.status import (
     Choice,
+    DomainStatus,
     EngineStatus,
     Explanation,
+    PoolStatus,
     SampleTotals,
     SpeculationStatus,
     Status,
@@ -83,6 +85,16 @@ EXPLANATION = Explanation(
         for b in range(1, 9)
     ),
     figures={"alpha, long memory": 0.62, "alpha, newest steps": 0.58, "seconds lost in the last minute": 0.0},
+)
+POOL = PoolStatus(
+    target="smollm2",
+    state="idle",
+    reason="domain 2 is served",
+    scored_ms=1_800_000_000_000,
+    domains=(
+        DomainStatus(1, "smollm2@0", DIGESTS[0], False, 2.31, 1.28, 1_800_000_000_000, 3, 6400),
+        DomainStatus(2, "smollm2@1", DIGESTS[1], True, 2.25, 2.21, 1_800_000_100_000, 1, 0),
+    ),
 )
 JOB = Job(
     id="train-00kd9x3j4k-1a2b3c4d5e",
@@ -155,6 +167,7 @@ class FakePlane:
             active_jobs=(JOB,),
             drafts=2,
             problems=self.problems,
+            pools=(POOL,),
         )
 
     async def engines(self) -> tuple[EngineStatus, ...]:
@@ -210,6 +223,10 @@ class FakePlane:
     async def workers(self) -> tuple[WorkerInfo, ...]:
         self._enter()
         return self.workers_now
+
+    async def pools(self) -> tuple[PoolStatus, ...]:
+        self._enter()
+        return (POOL,)
 
     async def policy(self) -> PolicySetting:
         self._enter()

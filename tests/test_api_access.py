@@ -27,6 +27,7 @@ OPEN_TO_VIEWERS = {
     "/v1/jobs",
     "/v1/jobs/{job}",
     "/v1/workers",
+    "/v1/pools",
     "/v1/policy",
     "/v1/policy/decisions",
 }

@@ -25,6 +25,7 @@ QUERIES = {
     ("status",): "/v1/status",
     ("engines",): "/v1/engines",
     ("workers",): "/v1/workers",
+    ("pool",): "/v1/pools",
     ("drafts", "list"): "/v1/drafts",
     ("drafts", "show", "smollm2@1"): "/v1/drafts/smollm2%401",
     ("jobs", "list"): "/v1/jobs",

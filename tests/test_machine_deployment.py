@@ -166,6 +166,14 @@ def test_the_margin_is_a_share_of_the_incumbents_length() -> None:
         assert after.state is expected
 
 
+def test_a_draft_that_has_proved_itself_elsewhere_is_taken_back_and_not_blamed() -> None:
+    after, actions = step(replace(WATCH_OVER_BADLY, proven=True), TimePassed(NOW), RULES)
+    assert after.state is S.RESTORING
+    assert not any(isinstance(action, Quarantine) for action in actions)
+    _, actions = step(replace(WATCHING, proven=True), RollbackRequested(NOW, "an operator", quarantine=True), RULES)
+    assert any(isinstance(action, Quarantine) for action in actions)
+
+
 def test_without_traffic_or_a_baseline_there_is_no_evidence_against_the_gate() -> None:
     assert step(replace(WATCHING, deadline_ms=NOW), TimePassed(NOW), RULES)[0].state is S.LIVE
     unknown = replace(WATCHING, baseline_length=0.0)

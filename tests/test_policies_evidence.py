@@ -97,3 +97,11 @@ def test_the_account_stops_with_hysteresis(entries: list[tuple[float, float]]) -
         account = account.add(now_s, seconds)
         assert account.balance_s >= -CREDIT_S
         assert account.overdrawn(0.02, already=True) or not account.overdrawn(0.02, already=False)
+
+
+def test_what_was_scored_offline_is_evidence_like_steps_that_drafted() -> None:
+    counts = StepCounts(1, 1, 100, 1.0, (40, 60))
+    shadow = Acceptance.of([counts])
+    assert Evidence().add(1.0, (), shadow) == Evidence().add(1.0, (counts,))
+    long = Acceptance((20.0,), (1000.0,))  # nothing was drafted for long, and what there was is old
+    assert Evidence().add(1.0, (), shadow).best(long.plus(shadow)).alpha == 0.6

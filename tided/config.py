@@ -145,7 +145,8 @@ class SpeculationConfig(_Section):
     """How many tokens are drafted. Speculation is chosen where predicted speedup > 1 + `margin`.
 
     `policy` is a name of the entry points `tided.policies`; `options` are for policies that take their own. `probe_loss`: the share of
-    the time that probes may cost; `most_lost`: of the last minute, what drafting may cost in all before it rests.
+    the time that probes may cost; `most_lost`: of the last minute, what drafting may cost in all before it rests. `shadow_every_s`: while
+    nothing is drafted, how often a worker scores the draft on tapped states; 0 is never.
     """
 
     policy: str = "threshold"
@@ -158,12 +159,16 @@ class SpeculationConfig(_Section):
     probe_steps: Count = 16
     probe_loss: Annotated[float, Field(gt=0, le=1)] = 0.01
     most_lost: Annotated[float, Field(gt=0, le=1)] = 0.02
+    shadow_every_s: Annotated[float, Field(ge=0)] = 60.0
 
 
 class TrainingConfig(_Section):
     """When to train (Algorithm 1) and with what.
 
-    `fault_check_s`: how often, at most, the served draft is scored to see whether the engine accepts what it could; 0 is never.
+    `fault_check_s`: how often, at most, the served draft is scored to see whether the engine accepts what it could, when nothing has
+    fallen; 0 is never. `fault_wait_s`: how long training waits for the score that explains a fall. `jobs_per_hour` and
+    `worker_s_per_hour` bound the trainings that begin of themselves, 0 is no bound; `plateau_gain`: after two drafts in a row that
+    gained less than this share, none begins until acceptance drifts; 0 is never.
     """
 
     enabled: bool = True
@@ -177,12 +182,38 @@ class TrainingConfig(_Section):
     max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
     draft_vocab: Annotated[int, Field(ge=64)] = 8192
     fault_check_s: Annotated[float, Field(ge=0)] = 300.0
+    fault_wait_s: Annotated[float, Field(ge=0)] = 120.0
+    jobs_per_hour: Annotated[int, Field(ge=0)] = 0
+    worker_s_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    plateau_gain: Annotated[float, Field(ge=0, lt=1)] = 0.01
 
     @model_validator(mode="after")
     def _check_windows(self) -> Self:
         if self.short_window >= self.long_window:
             raise ValueError("short_window must be below long_window")
+        if 0 < self.worker_s_per_hour < self.budget_s:
+            raise ValueError("worker_s_per_hour must be 0, or at least budget_s, or no training could ever begin")
         return self
+
+
+class PoolConfig(_Section):
+    """Drafts by domain, to go back to when traffic does.
+
+    `size`: most domains of a target. After a drift its drafts are scored once so many requests and scored rows are in stock, within
+    `deadline_s`, for which training waits; while the drift is unanswered, again every `retry_s`. `same`: share of its length at home by
+    which a draft may fall short and be taken to be home; `alike`: share by which near-duplicates may differ. `reserve_share`: of
+    `samples.max_bytes`, what all domains together may keep for replay.
+    """
+
+    enabled: bool = True
+    size: Annotated[int, Field(ge=2, le=64)] = 8
+    min_requests: Annotated[int, Field(ge=2)] = 10
+    min_rows: Count = 400
+    deadline_s: Seconds = 60.0
+    retry_s: Seconds = 60.0
+    same: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    alike: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    reserve_share: Annotated[float, Field(gt=0, le=0.75)] = 0.25
 
 
 class GateConfig(_Section):
@@ -230,6 +261,7 @@ class Config(_Section):
     samples: SamplesConfig = SamplesConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     training: TrainingConfig = TrainingConfig()
+    pool: PoolConfig = PoolConfig()
     gate: GateConfig = GateConfig()
     deployment: DeploymentConfig = DeploymentConfig()
     jobs: JobsConfig = JobsConfig()

@@ -33,7 +33,7 @@ from tided.store.engines import EngineStore
 from tided.store.lease import LeaderLease
 from tided.wire.notify import notify, watchdog_interval_s
 
-LIVE_SECTIONS = frozenset({"self_test", "speculation", "training", "gate", "deployment"})
+LIVE_SECTIONS = frozenset({"self_test", "speculation", "training", "pool", "gate", "deployment"})
 """What SIGHUP can change; anything else needs a restart."""
 STATUS_EVERY_S = 1.0
 

@@ -14,7 +14,7 @@ BOOT_S = 900.0
 REST_S = 1.2
 """vLLM's workers spin for a second after their last step: the next server's turn begins after that."""
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""For every arm: where its pages lie makes one and the same server up to a tenth faster or slower from boot to boot, and less so in huge pages."""
+"""For every arm: where its pages lie makes the same server up to a tenth faster or slower from boot to boot, less so in huge pages."""
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 STANDINS = CHECKOUT / "tests" / "standin" / "serve.py"
 """Starts SGLang with our stand-ins for its CPU kernels: real scheduler, worker and HTTP server, a speed that means nothing."""

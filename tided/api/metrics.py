@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 from tided.api.plane import Plane
 from tided.model.errors import Unavailable
 from tided.model.records import VerificationState
-from tided.model.status import EngineStatus, Status
+from tided.model.status import EngineStatus, PoolStatus, Status
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -50,11 +50,24 @@ class _Snapshot(Collector):
         for key, count in sorted(counts.items()):
             jobs.add_metric(key, count)
         yield jobs
+        yield from _pools(status.pools)
         yield from _engines(status.engines)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(f"tided_{name}", text, value=float(value))
+
+
+def _pools(pools: tuple[PoolStatus, ...]) -> Iterator[Metric]:
+    domains = GaugeMetricFamily("tided_pool_domains", "Domains whose draft is kept.", labels=("target",))
+    present = GaugeMetricFamily("tided_pool_domain", "Number of the present domain; 0: not known.", labels=("target",))
+    reserve = GaugeMetricFamily("tided_pool_reserve_rows", "Rows kept to be replayed.", labels=("target", "domain"))
+    for pool in pools:
+        domains.add_metric((pool.target,), len(pool.domains))
+        present.add_metric((pool.target,), next((d.number for d in pool.domains if d.present), 0))
+        for domain in pool.domains:
+            reserve.add_metric((pool.target, str(domain.number)), domain.reserve_rows)
+    yield from (domains, present, reserve)
 
 
 def _engines(engines: tuple[EngineStatus, ...]) -> Iterator[Metric]:

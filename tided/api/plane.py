@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tided.model.records import Deployment, Draft, Event, Finding, Job, PolicySetting, SpeculationMode, WorkerInfo
-from tided.model.status import EngineStatus, Explanation, Status
+from tided.model.status import EngineStatus, Explanation, PoolStatus, Status
 
 
 class Plane(Protocol):
@@ -38,6 +38,10 @@ class Plane(Protocol):
     async def cancel(self, job_id: str, actor: str) -> Job: ...
 
     async def workers(self) -> tuple[WorkerInfo, ...]: ...
+
+    async def pools(self) -> tuple[PoolStatus, ...]:
+        """Of each target, its drafts by domain."""
+        ...
 
     async def policy(self) -> PolicySetting: ...
 

@@ -103,6 +103,10 @@ async def workers(call: Call) -> Any:
     return await call.plane.workers()
 
 
+async def pools(call: Call) -> Any:
+    return await call.plane.pools()
+
+
 async def policy(call: Call) -> Any:
     return await call.plane.policy()
 
@@ -186,6 +190,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("GET", "/v1/jobs", Access.READ, jobs),
     Endpoint("GET", "/v1/jobs/{job}", Access.READ, job),
     Endpoint("GET", "/v1/workers", Access.READ, workers),
+    Endpoint("GET", "/v1/pools", Access.READ, pools),
     Endpoint("GET", "/v1/policy", Access.READ, policy),
     Endpoint("GET", "/v1/policy/decisions", Access.READ, decisions),
     Endpoint("GET", "/v1/events", Access.OPERATE, events),

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tided.ctl import words
 from tided.model.records import Deployment, Draft, EngineInfo, Event, Job, WorkerInfo
-from tided.model.status import EngineStatus, Explanation, Status
+from tided.model.status import EngineStatus, Explanation, PoolStatus, Status
 
 LABEL_WIDTH = 11
 
@@ -160,6 +160,8 @@ def explanations(items: Sequence[Explanation]) -> None:
         if most:
             console.print(speedups)
             _line(console, "", "predicted speedup over no speculation; * is chosen")
+        if item.training:
+            _line(console, "  training", item.training)
 
 
 def jobs(items: Sequence[Job]) -> None:
@@ -193,6 +195,31 @@ def workers(items: Sequence[WorkerInfo]) -> None:
         doing = item.job or ("draining" if item.draining else "idle")
         table.add_row(item.worker, item.host, ", ".join(item.kinds), item.device, str(item.threads), doing)
     _show(table, items, "no worker is connected")
+
+
+def pools(items: Sequence[PoolStatus]) -> None:
+    if not items:
+        say("no target is configured, or none can be read")
+    console = _console()
+    for item in items:
+        console.print(Text(f"{item.target}: {item.state}: {item.reason}", style="bold"))
+        if item.scored_ms:
+            console.print(Text(f"scored {_age(item.scored_ms)} ago"))
+        if not item.domains:
+            continue
+        table = _table("DOMAIN", "DRAFT", "VERSION", ">LENGTH", ">SCORED", ">USES", ">LAST USED", ">RESERVE")
+        for domain in item.domains:
+            table.add_row(
+                f"{domain.number}{'*' if domain.present else ''}",
+                domain.draft or "-",
+                words.short(domain.version),
+                words.number(domain.length or None),
+                words.number(domain.scored),
+                str(domain.uses),
+                _age(domain.used_ms),
+                f"{domain.reserve_rows:,}",
+            )
+        console.print(table)
 
 
 def deployments(items: Sequence[Deployment]) -> None:

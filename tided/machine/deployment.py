@@ -242,7 +242,7 @@ def _judge(deployment: Deployment, now_ms: int, rules: WatchRules) -> Step:
     if deployment.watched_steps and length < floor:
         reason = f"acceptance length {length:.2f} over {deployment.watched_requests} requests"
         reason += f", the incumbent had {deployment.baseline_length:.2f}"
-        return _restore(deployment, now_ms, reason, rules, quarantine=True)
+        return _restore(deployment, now_ms, reason, rules, quarantine=not deployment.proven)
     return _ended(deployment, _S.LIVE, "")
 
 

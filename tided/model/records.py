@@ -70,6 +70,7 @@ class EngineInfo:
     epoch: int  # the highest epoch seen
     profile: LatencyProfile | None = None
     pid: int = 0
+    build: str = ""  # of the engine itself, as it calls it: "vllm 0.32.0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,8 @@ class RequestStats:
     """One finished request. `accepted` and `drafted` count tokens, `spec_steps` its steps with gamma > 0.
 
     `temperature`: what its tokens were sampled at, 0.0 for greedy; None when that is not known, or when something else (top-p,
-    penalties, a grammar) shaped the target's distribution as well.
+    penalties, a grammar) shaped the target's distribution as well. `cached_tokens`: of its prompt, taken from a prefix cache; None when
+    that is not known.
     """
 
     prompt_tokens: int
@@ -102,6 +104,7 @@ class RequestStats:
     accepted: int
     version: str  # the draft that served its last step
     temperature: float | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,13 +234,26 @@ class Recipe(StrEnum):
     REFRESH = "refresh"
 
 
+CHECKPOINT_FILE = "checkpoint.safetensors"
+"""In a train job's directory while it runs: another attempt that finds it there goes on from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A draft version, and the directory of its files."""
+
+    version: str
+    path: str
+
+
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """What a worker is asked to do: data only, never code. Paths are on the filesystem that hosts share.
 
     train: from `draft`, on `shards`, evaluate parent and child on `held_out`. score: evaluate `draft` on `held_out`, and for
     each temperature of `mix` (temperature, share of the requests) where its samples have the last hidden state; with `groups` only on
-    these prompts, and say where its tokens are right (`Chain`); `previous_dir`: a version that the engine served before.
+    these prompts, and say where its tokens are right (`Chain`); `previous_dir`: a version that the engine served before. `candidates`
+    are evaluated beside it, on the same requests.
     reference: reference states of the target for `token_ids`.
     """
 
@@ -258,6 +274,7 @@ class JobSpec:
     token_ids: tuple[int, ...] = ()
     groups: tuple[str, ...] = ()  # hexadecimal
     previous_dir: str = ""
+    candidates: tuple[Candidate, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)  # trainer options, checked by tided.training
 
 
@@ -302,7 +319,8 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """What an attempt gave. train: `staged` is the directory of the new checkpoint, evaluations are old and new."""
+    """What an attempt gave. train: `staged` is the directory of the new checkpoint, evaluations are old and new. score: `candidate` is
+    the evaluation of the job's draft, `scores` those of its candidates, in their order."""
 
     staged: str = ""
     version: str = ""
@@ -312,6 +330,7 @@ class JobResult:
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     chains: tuple[Chain, ...] = ()
+    scores: tuple[Evaluation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,6 +428,7 @@ class Verification:
     referenced: bool = False  # whether reference states were at hand
     draft: str = ""  # the version that served when it was probed
     accepted: bool = False  # whether enough was accepted to tell that this version serves
+    doubted: bool = False  # what it taps is in question again, though it has passed
     checks: tuple[Check, ...] = ()
 
 
@@ -441,7 +461,7 @@ class Deployment:
     epoch: int
     created_ms: int
     updated_ms: int
-    reason: str  # "gate", "operator", "rollback"
+    reason: str  # "gate", "pool", "operator", "rollback"
     command: str = ""  # id of the swap or restore command in flight
     deadline_ms: int = 0
     watched_requests: int = 0
@@ -450,6 +470,7 @@ class Deployment:
     baseline_length: float = 0.0  # acceptance length that the incumbent had, for the live watch
     error: str = ""
     swap_s: float = 0.0
+    proven: bool = False  # it has served well before, in other traffic: to be worse here is no blame
 
 
 class SpeculationMode(StrEnum):

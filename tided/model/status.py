@@ -48,6 +48,7 @@ class Explanation:
     conditional: tuple[float, ...]
     choices: tuple[Choice, ...]
     figures: dict[str, float]
+    training: str = ""  # what training of this engine's target does or waits for
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,33 @@ class TrainingStatus:
     drifts: int
     trainings: int
     job: str = ""  # id of the job in flight
+
+
+@dataclass(frozen=True, slots=True)
+class DomainStatus:
+    """A kind of traffic and the draft that served it last. `length`: the acceptance length that this scored on samples of it; `scored`: on
+    those that the pool was last scored on, None if it was not among them. `reserve_rows`: stored rows that are kept to be replayed."""
+
+    number: int
+    draft: str  # "lineage@number", or ""
+    version: str
+    present: bool
+    length: float
+    scored: float | None
+    used_ms: int
+    uses: int
+    reserve_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """A target's pool of drafts by domain. `state`: "idle", "sampling", "scoring", "switching" or "off"."""
+
+    target: str
+    state: str
+    reason: str
+    scored_ms: int  # when the pool was last scored; 0: never
+    domains: tuple[DomainStatus, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,3 +145,4 @@ class Status:
     active_jobs: tuple[Job, ...]  # queued or running
     drafts: int
     problems: tuple[str, ...] = ()
+    pools: tuple[PoolStatus, ...] = ()

@@ -92,7 +92,9 @@ class BanditPolicy:
             state.profile != seen.profile
         ):  # what was learnt about times holds for the next draft, but for no other profile
             state = replace(state, profile=seen.profile, arms={})
-        state = replace(state, held=state.held.allowed(seen), evidence=state.evidence.add(seen.now_s, seen.measured))
+        state = replace(
+            state, held=state.held.allowed(seen), evidence=state.evidence.add(seen.now_s, seen.measured, seen.shadow)
+        )
         acceptance = state.evidence.best(seen.acceptance)
         predicted = predictions(seen, acceptance)
         state = self._learn(state, seen, predicted)

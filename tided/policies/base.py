@@ -1,6 +1,6 @@
 """What a policy is: a pure function of a state and an observation. No clock, no IO, and every decision carries its figures."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from tided.model.records import LatencyProfile, StepCounts
@@ -13,8 +13,8 @@ S = TypeVar("S")
 class SpeculationObservation:
     """What is known about an engine at `now_s` (any monotonic clock).
 
-    `acceptance`: recent counts of the served `version`, its gate's evaluation as prior included. `measured`: what the engine did since the
-    previous observation, by batch size and gamma: steps, seconds, tokens accepted. `version` "" is no draft.
+    `acceptance`: recent counts of the served `version`, with its gate's evaluation as prior and what it scored offline. `measured`: what
+    the engine did since the previous observation, by batch size and gamma: steps, seconds, tokens accepted. `version` "" is no draft.
     """
 
     now_s: float
@@ -26,6 +26,9 @@ class SpeculationObservation:
     max_batch: int
     gamma_max: int
     eager: bool = False  # acceptance is wanted soon: a new version is being watched
+    shadow: Acceptance = field(
+        default_factory=Acceptance
+    )  # scored offline on tapped states, since the previous observation
 
     @property
     def steps(self) -> int:
@@ -64,6 +67,11 @@ class SpeculationDecision:
     probing: bool
     reason: str
     figures: tuple[tuple[str, float], ...] = ()
+
+    def resting(self, running: int) -> bool:
+        """Whether nothing is drafted at this batch size, probes aside."""
+        at = min(max(running, 1), len(self.gammas)) - 1
+        return (self.choices[at].gamma if self.choices else self.gammas[at]) == 0
 
 
 class SpeculationPolicy(Protocol[S]):

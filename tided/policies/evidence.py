@@ -25,6 +25,9 @@ CREDIT_S = 1.2
 _RESUME = 0.75
 
 
+_NOTHING = Acceptance()
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """A short memory of acceptance. A long one follows a jump of the traffic slowly; where the two surely differ, the short one holds.
@@ -35,8 +38,9 @@ class Evidence:
     recent: Acceptance = field(default_factory=Acceptance)
     at_s: float = 0.0
 
-    def add(self, now_s: float, measured: Sequence[StepCounts]) -> "Evidence":
-        new = Acceptance.of(measured)
+    def add(self, now_s: float, measured: Sequence[StepCounts], shadow: Acceptance = _NOTHING) -> "Evidence":
+        """`shadow`: what was scored offline meanwhile, which says the same as steps that drafted."""
+        new = Acceptance.of(measured).plus(shadow)
         waned = self.recent.faded(max(now_s - self.at_s, 0.0), RECENT_S)
         return Evidence(waned.faded(new.steps, RECENT_TRIALS).plus(new), now_s)
 

@@ -103,7 +103,7 @@ class ThresholdPolicy:
         probed = state.probe_steps_left > 0 or not any(state.held.gammas)  # what probes cost has a bound of its own
         account = state.account.add(seen.now_s, 0.0 if probed else lost)
         stopped = account.overdrawn(self.most_lost, already=state.stopped)
-        evidence, held = state.evidence.add(seen.now_s, seen.measured), state.held.allowed(seen)
+        evidence, held = state.evidence.add(seen.now_s, seen.measured, seen.shadow), state.held.allowed(seen)
         return replace(state, held=held, evidence=evidence, account=account, stopped=stopped), lost
 
     def _probe(self, state: ThresholdState, seen: SpeculationObservation, lost: float) -> ThresholdState:

@@ -28,6 +28,7 @@ from tided.model.records import (
     DraftOrigin,
     Job,
     PolicySetting,
+    SpeculationMode,
 )
 from tided.policies.base import SpeculationDecision
 from tided.services.context import Context
@@ -36,6 +37,7 @@ from tided.services.dispatcher import Dispatcher, TrainingView
 from tided.services.faults import FaultWatch
 from tided.services.monitor import EngineView, Monitor
 from tided.services.pools import Heads, Member, Pool
+from tided.services.scout import Scout
 from tided.services.selftest import SelfTest
 from tided.services.speculator import Speculator, in_force
 
@@ -58,6 +60,7 @@ class Controller:
         self.speculator = Speculator(context)
         self.selftest = SelfTest(context, self._draft_of)
         self.faults = FaultWatch(context)
+        self.scout = Scout(context, self.heads)
         self.problems: dict[str, str] = {}
         """By engine: why tided keeps its hands off, or what failed in its newest cycle."""
         self.warnings: dict[str, str] = {}
@@ -117,7 +120,7 @@ class Controller:
         self.pools = self._pooled(sound)
         self.training = {target: view for target, view in self.training.items() if target in self.pools}
         async with anyio.create_task_group() as group:
-            for pool in self.pools.values():
+            for pool in tuple(self.pools.values()):
                 group.start_soon(self._train, pool, now_ms, problems, done)
         self._note(problems)
         if now_s - self._reaped_s >= REAP_EVERY_S:
@@ -173,7 +176,10 @@ class Controller:
             deployment = await self.deployer.reconcile(view, now_ms)
             deployment, problem = await self._onto_its_version(view, deployment, now_ms, done)
         watching = deployment is not None and deployment.state is DeploymentState.WATCHING
-        decision = await self.speculator.decide(view, setting, context.config.speculation, now_s, watching=watching)
+        held = view.engine in self.faults.held
+        decision = await self.speculator.decide(
+            view, setting, context.config.speculation, now_s, watching=watching, held=held
+        )
         if decision.gammas != in_force(view.info) and Capability.SCHEDULE in view.info.capabilities:
             await view.backend.set_schedule(decision.gammas, context.leadership.require())
             done.append(f"{view.engine}: schedule {decision.gammas}")
@@ -181,10 +187,15 @@ class Controller:
         if problem or not trust.granted:
             await self._capture(view, False, done)
             return problem
-        suspected = self.faults.warnings.get(view.engine, "")
         if deployment is None or deployment.state.final:
-            suspected = await self.faults.reconcile(view, context.target_of(view.info.target), now_ms)
-        sound.append(Member(view, deployment, bool(suspected)))
+            peers = [peer for peer in self.monitor.views.values() if peer.info.target.digest == view.info.target.digest]
+            suspicion = await self.faults.reconcile(view, peers, context.target_of(view.info.target), now_ms)
+            if suspicion.questioned:
+                await self.selftest.doubt(view, suspicion.onset_ms, now_ms)
+        else:
+            suspicion = await self.faults.current(view.engine)
+        auto = setting.mode is SpeculationMode.AUTO and bool(view.version)
+        sound.append(Member(view, deployment, suspicion, auto and decision.resting(view.running)))
         return ""
 
     async def _announce_schedule(self, view: EngineView, decision: SpeculationDecision) -> None:
@@ -221,11 +232,11 @@ class Controller:
             if deployment is not None and deployment.version == wanted.version and _failed_lately(deployment, now_ms):
                 why = f"engine {view.engine} could not be put onto {wanted.version[:12]}: {deployment.error}"
                 return deployment, why
-            draft, reason = await self._find(wanted.version), wanted.reason
+            draft, reason, over = await self._find(wanted.version), wanted.reason, wanted.baseline_length
         elif await self._find(served) is not None:
             return deployment, ""
         else:
-            draft, reason = await self._first(view), "init"
+            draft, reason, over = await self._first(view), "init", 0.0
         if draft is not None and draft.version == served:
             return deployment, ""
         if draft is None or draft.quarantined:
@@ -235,7 +246,7 @@ class Controller:
                 f"engine {view.engine} serves {name}, which is not in the draft store: deploy one that is",
             )
         try:
-            begun = await self.deployer.begin(view, draft, reason)
+            begun = await self.deployer.begin(view, draft, reason, over)
         except Refused as exc:
             return deployment, str(exc)
         done.append(f"{view.engine}: {reason} onto {draft.version[:12]}")
@@ -295,6 +306,9 @@ class Controller:
         """A target's trouble is that of its engines, and of no others."""
         try:
             async with self.training_lock(pool.digest):
+                collection = await self.dispatcher.current(pool.digest)
+                pool, sampling = await self.scout.reconcile(pool, collection, now_ms)
+                self.pools[pool.digest] = pool
                 training = self.training[pool.digest] = await self.dispatcher.reconcile(pool, now_ms)
         except Superseded as exc:
             await self.context.leadership.step_down(exc)
@@ -304,7 +318,7 @@ class Controller:
             return
         async with anyio.create_task_group() as group:
             for member in pool.members:
-                capture = partial(self._capture, member.view, training.capture, done)
+                capture = partial(self._capture, member.view, training.capture or sampling, done)
                 group.start_soon(self._guarded, member.view.engine, problems, capture)
         failpoints.hit("controller.reconciled")
 
@@ -337,6 +351,7 @@ class Controller:
         self.speculator.forget(gone)
         self.selftest.forget(gone)
         self.faults.forget(gone)
+        self.scout.forget(gone)
         for engine in gone:
             for known in (self.problems, self.warnings, self._schedules):
                 known.pop(engine, None)

@@ -71,8 +71,11 @@ class Deployer:
         """The newest deployment onto an engine, final or not."""
         return await self._context.state.get(Deployment, STATE, engine)
 
-    async def begin(self, view: EngineView, draft: Draft, reason: str) -> Deployment:
+    async def begin(self, view: EngineView, draft: Draft, reason: str, pooled_over: float = 0.0) -> Deployment:
         """Note that `draft` is to be deployed; `reconcile` does it.
+
+        `pooled_over`: of a draft that has served well in an earlier domain, the acceptance length that its predecessor scored on the
+        newest samples. What was served until now is partly of the traffic before, so the lower of the two is the watch's baseline.
 
         Raises `Refused` when the engine cannot take it, `Conflict` while another deployment is under way or it serves already.
         """
@@ -95,7 +98,8 @@ class Deployer:
             created_ms=now_ms,
             updated_ms=now_ms,
             reason=reason,
-            baseline_length=0.0 if reason == ROLLBACK else _baseline(view),
+            baseline_length=_baseline(view, reason, pooled_over),
+            proven=pooled_over > 0.0,
         )
         await context.state.put(STATE, view.engine, deployment, epoch)
         await context.announce(
@@ -243,9 +247,12 @@ def desired_version(deployment: Deployment | None) -> str:
     return deployment.previous
 
 
-def _baseline(view: EngineView) -> float:
+def _baseline(view: EngineView, reason: str, pooled_over: float) -> float:
     live = view.live
-    return live.length(view.info.gamma_max) if live.steps >= MIN_BASELINE_TRIALS else 0.0
+    if reason == ROLLBACK or live.steps < MIN_BASELINE_TRIALS:
+        return 0.0
+    length = live.length(view.info.gamma_max)
+    return min(length, pooled_over) if pooled_over else length
 
 
 def _figures(deployment: Deployment) -> dict[str, Any]:

@@ -16,13 +16,15 @@ from tided.backends.guarded import AbsentBackend
 from tided.backends.registry import backend_for
 from tided.config import TrainingConfig
 from tided.model.errors import Refused
-from tided.model.records import EngineInfo, Observation, RequestStats, StepCounts, TapTotals
+from tided.model.records import EngineInfo, Evaluation, Observation, RequestStats, StepCounts, TapTotals
 from tided.policies.faults import ServedClasses
 from tided.policies.speedup import Acceptance, expected_length
 from tided.policies.training import AcceptanceTrend, request_alpha
 from tided.store.engines import EngineStore
 
 PRIOR_TRIALS = 64.0
+SHADOW_TRIALS = 400.0
+"""What a score on tapped states is worth at most: steps of one request are alike."""
 RATE_WINDOW_S = 10.0
 MOST_UNTOLD = 1000
 """Counts kept for the policy of an engine that it is not asked about."""
@@ -96,11 +98,13 @@ class EngineView:
     waiting: int = 0
     tap: TapTotals = field(default_factory=TapTotals)
     measured: deque[StepCounts] = field(default_factory=lambda: deque(maxlen=MOST_UNTOLD))  # not yet told to the policy
+    shadow: Acceptance = field(default_factory=Acceptance)  # scored offline, not yet told to the policy
     batch_s: dict[int, float] = field(default_factory=dict)  # seconds spent at each batch size, fading
     expected: bool = False  # the prior of this version was looked up
     last_report_s: float | None = None
     trends: dict[float | None, AcceptanceTrend] = field(default_factory=dict[float | None, AcceptanceTrend])
     served: ServedClasses = field(default_factory=ServedClasses)  # by this version
+    before: ServedClasses = field(default_factory=ServedClasses)  # and by the one before it
     fault: str = ""  # of its adapter, which could not look at it in the newest poll
     slices: deque[_Slice] = field(default_factory=deque)
 
@@ -119,10 +123,21 @@ class EngineView:
         trends = self.trends.values()
         return max(trends, key=lambda trend: (trend.drifting, trend.samples), default=self.fresh_trend)
 
+    def falls(self) -> tuple[float | None, ...]:
+        """The temperatures whose acceptance is below its long average."""
+        return tuple(temperature for temperature, trend in self.trends.items() if trend.drifting)
+
     def expect(self, conditional: tuple[float, ...]) -> None:
         """What an evaluation of the served version says about its acceptance."""
         self.prior = Acceptance.prior(conditional, PRIOR_TRIALS)
         self.expected = True
+
+    def hear(self, evaluation: Evaluation) -> None:
+        """What the served version scores on states that were just tapped counts as if so many steps had drafted."""
+        steps = sum(evaluation.tokens) / evaluation.length if evaluation.tokens else 0.0
+        found = Acceptance.prior(evaluation.conditional, min(steps, SHADOW_TRIALS))
+        self.live, self.prior = self.live.faded(found.steps).plus(found), self.prior.faded(found.steps)
+        self.shadow = self.shadow.plus(found)
 
     def take(self, observation: Observation, now_s: float) -> None:
         """Count one report in."""
@@ -147,14 +162,18 @@ class EngineView:
         """Another version serves: forget the acceptance of the one before."""
         self.version, self.prior, self.live = version, Acceptance(), Acceptance()
         self.fresh_trend, self.expected = self.fresh_trend.restart(version), False
+        if self.served.classes:
+            self.before = self.served
         self.trends, self.served = {}, ServedClasses()
         self.measured.clear()
+        self.shadow = Acceptance()
 
-    def told(self) -> tuple[StepCounts, ...]:
-        """What was measured since the last call: the policy is told it once."""
-        told = tuple(self.measured)
+    def told(self) -> tuple[tuple[StepCounts, ...], Acceptance]:
+        """What was measured, and what was scored, since the last call: the policy is told it once."""
+        told, shadow = tuple(self.measured), self.shadow
         self.measured.clear()
-        return told
+        self.shadow = Acceptance()
+        return told, shadow
 
     def tokens_per_s(self, now_s: float) -> float | None:
         """Tokens emitted a second over the last RATE_WINDOW_S; None without a report in it."""

@@ -28,12 +28,14 @@ from tided.model.records import (
     SpeculationMode,
     WorkerInfo,
 )
-from tided.model.status import Choice, EngineStatus, Explanation, SpeculationStatus, Status, TrainingStatus
+from tided.model.status import Choice, EngineStatus, Explanation, PoolStatus, SpeculationStatus, Status, TrainingStatus
+from tided.services import pooled
 from tided.services.controller import Controller
 from tided.services.deployer import ROLLBACK, TALLY, Tally, check_fit
 from tided.services.dispatcher import TrainingView
 from tided.services.doctor import look_over
 from tided.services.monitor import EngineView
+from tided.services.pools import Head
 from tided.services.speculator import in_force
 from tided.store import purge
 from tided.store.ledger import read_ledger
@@ -61,10 +63,10 @@ class ControlPlane:
         noted = (problem for source in told for problem in source.values())
         problems = [problem for problem in noted if problem]
         redis = controller.redis_problem or context.leadership.problem or "connected"
-        setting, engines, workers, jobs = PolicySetting(), (), (), ()
+        setting, engines, workers, jobs, pools = PolicySetting(), (), (), (), ()
         try:
             setting = await context.state.policy()
-            engines, workers = await self.engines(), await self.workers()
+            engines, workers, pools = await self.engines(), await self.workers(), await self.pools()
             jobs = tuple(await context.jobs.list(50, (JobState.QUEUED, JobState.RUNNING)))
         except Unavailable as exc:
             redis = str(exc)
@@ -86,6 +88,7 @@ class ControlPlane:
             active_jobs=jobs,
             drafts=len(await self.drafts()),
             problems=tuple(dict.fromkeys(problems)),
+            pools=pools,
         )
 
     async def engines(self) -> tuple[EngineStatus, ...]:
@@ -110,6 +113,9 @@ class ControlPlane:
     async def workers(self) -> tuple[WorkerInfo, ...]:
         return tuple(await self._context.workers.list())
 
+    async def pools(self) -> tuple[PoolStatus, ...]:
+        return await pooled.pools(self._context, self._controller.scout)
+
     async def policy(self) -> PolicySetting:
         return await self._context.state.policy()
 
@@ -125,6 +131,7 @@ class ControlPlane:
         decision = self._controller.speculator.decisions.get(view.engine)
         if decision is None:
             return None
+        training = self._controller.training.get(view.info.target.digest)
         return Explanation(
             engine=view.engine,
             policy=policy,
@@ -136,6 +143,7 @@ class ControlPlane:
             conditional=tuple(view.acceptance.conditional(k) for k in range(len(view.acceptance.trials))),
             choices=tuple(Choice(choice.batch, choice.gamma, choice.speedups) for choice in decision.choices),
             figures=dict(decision.figures),
+            training=training.reason if training is not None else "",
         )
 
     async def events(self, after: str, limit: int) -> tuple[Event, ...]:
@@ -163,7 +171,7 @@ class ControlPlane:
             begun = tuple([await self._begin(view, draft, "operator") for view in views])
             if engine is None:  # for those that come later, too
                 since_ms = min(deployment.created_ms for deployment in begun)
-                await self._controller.heads.move(draft.target, draft.version, since_ms)
+                await self._controller.heads.move(draft.target, Head(draft.version, since_ms))
             return begun
 
         return await self._audited("deploy", f"{ref} onto {engine or 'all that fit'}", actor, do)

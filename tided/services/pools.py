@@ -6,12 +6,13 @@ more: then it is the nearest version from which it descends that is good.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anyio.to_thread
 
 from tided.model.errors import Refused
 from tided.model.records import Capability, Deployment, Draft
+from tided.policies.suspicion import Suspicion
 from tided.services.context import Context, Target
 from tided.services.deployer import RESTART, ROLLBACK, check_fit, desired_version
 from tided.services.monitor import EngineView
@@ -19,23 +20,35 @@ from tided.services.monitor import EngineView
 STATE = "head"
 SHARED = "shared"
 """Reason of a deployment that brings an engine onto its target's head."""
+POOLED = "pool"
+"""The same where the head is a draft of an earlier domain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An engine that is in order, with its newest deployment. `suspected`: it accepts less than its draft could give."""
+    """An engine that is in order, with its newest deployment, and what its acceptance gives reason to suspect. `resting`: the policy lets
+    it draft nothing at the batch size that it runs."""
 
     view: EngineView
     deployment: Deployment | None
-    suspected: bool = False
+    suspicion: Suspicion = field(default_factory=Suspicion)
+    resting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The engines of a target that are connected and in order, by name; never none."""
+    """The engines of a target that are connected and in order, by name; never none.
+
+    What `tided.services.scout` says of them: `hold`, why no training may begin, or ""; `domain`, the number of the present one, 0 without
+    a pool of drafts, and `domains`, all that are known; `answered`, how many drifts were answered by going back to a pooled draft.
+    """
 
     target: Target
     members: tuple[Member, ...]
+    hold: str = ""
+    domain: int = 0
+    domains: frozenset[int] = frozenset({0})
+    answered: int = 0
 
     @property
     def digest(self) -> str:
@@ -44,7 +57,17 @@ class Pool:
     @property
     def suspected(self) -> tuple[str, ...]:
         """Names of the engines among them that accept less than their draft could give."""
-        return tuple(member.view.engine for member in self.members if member.suspected)
+        return tuple(member.view.engine for member in self.members if member.suspicion.suspected)
+
+    @property
+    def questioned(self) -> tuple[str, ...]:
+        """Names of those whose acceptance has fallen, it is not known why."""
+        return tuple(member.view.engine for member in self.members if member.suspicion.questioned)
+
+    @property
+    def settled(self) -> bool:
+        """Whether no deployment is under way."""
+        return all(member.deployment is None or member.deployment.state.final for member in self.members)
 
     def can(self, capability: Capability) -> bool:
         """Whether all of them can."""
@@ -53,10 +76,13 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """`since_ms`: a deployment that is older than this says nothing against the head."""
+    """`since_ms`: a deployment that is older than this says nothing against the head. `reason`: of the deployments that bring engines
+    onto it. `baseline_length`: of a pooled draft, the acceptance length that it has to beat."""
 
     version: str
     since_ms: int
+    reason: str = SHARED
+    baseline_length: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +92,7 @@ class Wanted:
     version: str
     reason: str = RESTART
     problem: str = ""
+    baseline_length: float = 0.0
 
 
 class Heads:
@@ -74,15 +101,18 @@ class Heads:
     def __init__(self, context: Context) -> None:
         self._context = context
 
-    async def move(self, target: str, version: str, since_ms: int) -> None:
+    async def move(self, target: str, head: Head) -> None:
         """Raises `Superseded`, `Unavailable`."""
         context = self._context
-        await context.state.put(STATE, target, Head(version, since_ms), context.leadership.require())
+        await context.state.put(STATE, target, head, context.leadership.require())
+
+    async def current(self, target: str) -> Head | None:
+        return await self._context.state.get(Head, STATE, target)
 
     async def incumbent(self, pool: Pool) -> str:
         """The version that the pool's next draft is to be better than: the head where an engine serves it, else what most serve."""
         served = Counter(member.view.info.version for member in pool.members)
-        head = await self._context.state.get(Head, STATE, pool.digest)
+        head = await self.current(pool.digest)
         draft = await self._good(head.version) if head is not None else None
         if draft is not None and draft.version in served:
             return draft.version
@@ -91,7 +121,7 @@ class Heads:
     async def wanted(self, view: EngineView, deployment: Deployment | None) -> Wanted:
         """What an engine without a deployment under way should serve."""
         own = Wanted(desired_version(deployment))
-        head = await self._context.state.get(Head, STATE, view.info.target.digest)
+        head = await self.current(view.info.target.digest)
         if head is None or Capability.SWAP not in view.info.capabilities:
             return own
         draft = await self._good(head.version)
@@ -106,7 +136,7 @@ class Heads:
             check_fit(view.info, draft)
         except Refused as exc:
             return Wanted(own.version, problem=f"engine {view.engine} cannot share its target's draft: {exc}")
-        return Wanted(draft.version, ROLLBACK if blamed else SHARED)
+        return Wanted(draft.version, ROLLBACK if blamed else head.reason, baseline_length=head.baseline_length)
 
     async def _good(self, version: str) -> Draft | None:
         """The version, or the nearest one that it descends from, that is not in quarantine."""

@@ -1,0 +1,453 @@
+"""Going back to a pooled draft, on a real Valkey: when drafts are scored, what is switched to, what waits, and shadow acceptance."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Valkey
+from tests.control import Control, leading, settings, store_draft, store_samples, variant
+from tests.engine_double import EngineDouble, describe_double, running_double
+from tests.support import eventually
+from tests.test_services_controller import evaluation
+from tided.config import GateConfig
+from tided.draft import checkpoint
+from tided.machine.collection import Collection
+from tided.model.records import (
+    Deployment,
+    DeploymentState,
+    Draft,
+    Event,
+    JobKind,
+    JobResult,
+    JobState,
+    Recipe,
+    SpeculationMode,
+)
+from tided.policies.domains import Domain, Domains
+from tided.policies.faults import Comparison, Verdict
+from tided.policies.suspicion import Suspicion
+from tided.services import dispatcher, scout
+from tided.services.pools import POOLED, Head
+from tided.services.scout import Cause, Scouting, Stage, choose
+from tided.store.jobs import Claim
+
+pytest_plugins = ("tests.tiny_fixtures",)
+pytestmark = pytest.mark.real
+ENGINE = "double"
+
+
+@dataclass
+class Scene:
+    """`day` served in domain 1, `night` serves now, in domain 2."""
+
+    control: Control
+    engine: EngineDouble
+    target: Path
+    first: Path
+    root: Path
+    day: Draft
+    night: Draft
+
+    @property
+    def digest(self) -> str:
+        return self.engine.info.target.digest
+
+    def configure(self, section: str, **values: object) -> None:
+        context = self.control.context
+        changed = getattr(context.config, section).model_copy(update=values)
+        context.config = context.config.model_copy(update={section: changed})
+
+    async def put(self, name: str, record: object) -> None:
+        await self.control.context.state.put(name, self.digest, record, self.control.context.leadership.require())
+
+    async def scouting(self) -> Scouting:
+        return await self.control.controller.scout.current(self.digest)
+
+    async def collection(self) -> Collection:
+        return await self.control.controller.dispatcher.current(self.digest)
+
+    async def drift(self, train: int = 20, held_out: int = 10) -> int:
+        """Traffic has moved, and so much of it is stored. Since when."""
+        before = await self.collection()
+        now_ms = await self.control.context.now_ms()
+        await self.put(dispatcher.STATE, replace(before, drifts=before.drifts + 1, since_ms=now_ms, rows=0))
+        self.samples(now_ms + 1, train, held_out)
+        return now_ms
+
+    def samples(self, created_ms: int, train: int = 20, held_out: int = 10) -> None:
+        store_samples(self.control.context.config, self.target, ENGINE, train, held_out, created_ms)
+
+    async def claimed(self, kind: JobKind = JobKind.SCORE) -> Claim:
+        async def claim() -> Claim | None:
+            await self.control.cycle()
+            return await self.control.context.jobs.claim("w", [kind])
+
+        return await eventually(claim)
+
+    async def score(self, claim: Claim, **lengths: float) -> None:
+        """Finish a score with the acceptance lengths of `day` and `night`."""
+        by_version = {getattr(self, name).version: length for name, length in lengths.items()}
+        spec = claim.job.spec
+        scores = tuple(evaluation(other.version, by_version[other.version], 20) for other in spec.candidates)
+        result = JobResult(
+            version=spec.draft, candidate=evaluation(spec.draft, by_version[spec.draft], 20), scores=scores
+        )
+        await self.control.context.jobs.finish(claim, result)
+
+    async def happened(self, kind: str) -> Event:
+        async def seen() -> list[Event]:
+            await self.control.cycle()
+            return await self.control.events(kind)
+
+        return (await eventually(seen))[-1]
+
+    async def serves(self, draft: Draft) -> None:
+        async def served() -> bool:
+            await self.control.cycle()
+            return self.engine.info.version == draft.version
+
+        await eventually(served)
+
+    async def deployment(self) -> Deployment:
+        found = await self.control.controller.deployer.current(ENGINE)
+        assert found is not None
+        return found
+
+    async def settles(self, alpha: float = 0.6) -> DeploymentState:
+        """Traffic until the deployment under way is over, one way or the other."""
+
+        async def over() -> bool:
+            await self.control.cycle()
+            if (await self.deployment()).state is DeploymentState.WATCHING:
+                await self.engine.report(alpha=alpha, requests=6)
+            return (await self.deployment()).state.final
+
+        await eventually(over)
+        return (await self.deployment()).state
+
+    async def jobs(self, kind: JobKind) -> list[JobState]:
+        return [job.state for job in await self.control.context.jobs.list() if job.spec.kind is kind]
+
+
+@pytest.fixture
+async def scene(valkey: Valkey, tmp_path: Path, target: Path, first: Path) -> AsyncIterator[Scene]:
+    async with AsyncExitStack() as stack:
+        pool: dict[str, object] = {"retry_s": 600.0}
+        control = await stack.enter_async_context(leading(valkey, settings(tmp_path, target, pool=pool)))
+        day, night = (
+            store_draft(control, variant(first, tmp_path / name, seed), target)
+            for seed, name in enumerate(("day", "night"), 1)
+        )
+        info = describe_double(target, tmp_path / "night")
+        engine = await stack.enter_async_context(running_double(valkey, info))
+        await eventually(control.context.engines.list)
+        scene = Scene(control, engine, target, first, tmp_path, day, night)
+        entries = (Domain(1, day.version, 2.4, 100), Domain(2, night.version, 2.2, 200))
+        await scene.put(scout.STATE, Scouting(Domains(2, 2, night.version, entries)))
+        await scene.put(dispatcher.STATE, Collection(trainings=2, deployed=2))
+        await control.converge()
+        yield scene
+
+
+async def test_traffic_that_comes_back_gets_its_draft_back_without_a_training(scene: Scene) -> None:
+    since_ms = await scene.drift()
+    claim = await scene.claimed()
+    spec = claim.job.spec
+    assert (spec.kind, spec.draft) == (JobKind.SCORE, scene.night.version)
+    assert [candidate.version for candidate in spec.candidates] == [scene.day.version]
+    assert Path(spec.candidates[0].path) == scene.control.context.drafts.path(scene.day.version)
+    # Held-out and training side: nothing that new was trained on.
+    names = sorted(Path(path).name for path in spec.held_out)
+    assert names == [f"held-out-{since_ms + 1:013d}.safetensors", f"train-{since_ms + 1:013d}.safetensors"]
+    assert await scene.jobs(JobKind.TRAIN) == []  # there are rows enough: it waits for the answer
+    await scene.score(claim, day=2.3, night=1.3)
+    await scene.serves(scene.day)
+    deployment = await scene.deployment()
+    assert (deployment.reason, deployment.proven) == (POOLED, True)
+    switched = await scene.happened("pool-switched")
+    assert switched.data["version"] == scene.day.version
+    assert switched.data["previous"] == scene.night.version
+    assert switched.data["gain"] == pytest.approx(1.0)
+    assert (await scene.happened("pool-scored")).data["domain"] == 1
+    assert await scene.settles() is DeploymentState.LIVE
+    domains = (await scene.scouting()).domains
+    assert (domains.current, domains.served) == (1, scene.day.version)
+    # The drift is answered, so that the next one will be noted; training goes on from the draft that came back.
+    claim = await scene.claimed(JobKind.TRAIN)
+    assert (claim.job.spec.draft, claim.job.spec.recipe) == (scene.day.version, Recipe.REFRESH)
+    assert not (await scene.collection()).drifting
+
+
+async def test_what_is_trained_on_from_it_replaces_its_domain_s_draft(scene: Scene) -> None:
+    await test_traffic_that_comes_back_gets_its_draft_back_without_a_training(scene)
+    (job,) = [job for job in await scene.control.context.jobs.list() if job.spec.kind is JobKind.TRAIN]
+    claim = Claim(job, job.attempt)
+    staged = variant(scene.first, scene.root / "staged", 3)
+    version = checkpoint.version_of(staged)
+    old, new = evaluation(scene.day.version, 2.3, 8), evaluation(version, 2.6, 8)
+    await scene.control.context.jobs.finish(claim, JobResult(str(staged), version, old, new, 1000, 1.0))
+
+    async def accounted() -> dict[int, str]:
+        await scene.settles()
+        entries = {entry.number: entry.version for entry in (await scene.scouting()).domains.entries}
+        return entries if version in entries.values() else {}
+
+    assert await eventually(accounted) == {1: version, 2: scene.night.version}
+
+
+async def test_without_a_better_one_training_goes_on_from_what_serves_and_opens_a_domain(scene: Scene) -> None:
+    await scene.drift()
+    await scene.score(await scene.claimed(), day=1.2, night=1.3)
+    claim = await scene.claimed(JobKind.TRAIN)
+    assert (claim.job.spec.draft, claim.job.spec.recipe) == (scene.night.version, Recipe.DRIFT)
+    assert scene.engine.info.version == scene.night.version
+    assert await scene.control.events("pool-switched") == []
+    domains = (await scene.scouting()).domains
+    assert (domains.current, domains.here) == (0, 3)
+
+
+async def test_a_small_gain_that_may_be_chance_is_none(scene: Scene) -> None:
+    await scene.drift()
+    claim = await scene.claimed()
+    old, new = (evaluation(draft.version, 1.5, 20) for draft in (scene.night, scene.day))
+    lengths = tuple(1.5 + (0.4 if i % 2 else -0.35) for i in range(20))
+    scores = (replace(new, lengths=lengths),)
+    await scene.control.context.jobs.finish(claim, JobResult(version=old.version, candidate=old, scores=scores))
+    await scene.happened("pool-scored")
+    assert await scene.control.events("pool-switched") == []
+
+
+async def test_a_missing_worker_holds_training_up_to_the_deadline_only(scene: Scene) -> None:
+    scene.configure("pool", deadline_s=0.5)
+    await scene.drift()
+
+    async def asked() -> list[JobState]:
+        await scene.control.cycle()
+        return await scene.jobs(JobKind.SCORE)
+
+    await eventually(asked)
+    claim = await scene.claimed(JobKind.TRAIN)
+    assert claim.job.spec.draft == scene.night.version
+    assert await scene.jobs(JobKind.SCORE) == [JobState.CANCELLED]
+    assert (await scene.scouting()).stage is Stage.IDLE
+
+
+async def test_it_waits_for_enough_requests_and_captures_meanwhile(scene: Scene) -> None:
+    scene.configure("training", enabled=False)
+    await scene.control.converge()
+    assert not scene.engine.info.capturing
+    since_ms = await scene.drift(train=3, held_out=2)
+
+    async def captures() -> bool:
+        await scene.control.cycle()
+        return scene.engine.info.capturing
+
+    await eventually(captures)
+    assert await scene.jobs(JobKind.SCORE) == []
+    scene.samples(since_ms + 2)
+    claim = await scene.claimed()
+    await scene.score(claim, day=1.0, night=1.0)
+    await scene.control.converge()
+    assert not scene.engine.info.capturing
+
+
+async def test_while_a_fault_is_suspected_nothing_is_scored(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def suspected(*_: object) -> Suspicion:
+        return Suspicion(suspected=(Comparison(0.0, 1.1, 2.0, 2.0, 0.05, 40, 20, Verdict.FAULT),))
+
+    monkeypatch.setattr(scene.control.controller.faults, "reconcile", suspected)
+    await scene.drift()
+    for _ in range(4):
+        await scene.control.cycle()
+    assert (await scene.scouting()).stage is Stage.SAMPLING
+    assert await scene.jobs(JobKind.SCORE) == []
+
+
+async def test_the_pool_can_be_switched_off(scene: Scene) -> None:
+    scene.configure("pool", enabled=False)
+    await scene.drift()
+    claim = await scene.claimed(JobKind.TRAIN)
+    assert claim.job.spec.draft == scene.night.version
+    assert await scene.jobs(JobKind.SCORE) == []
+    scene.configure("pool", enabled=True)
+    for _ in range(3):
+        await scene.control.cycle()
+    assert await scene.jobs(JobKind.SCORE) == []  # a drift of before is not asked about
+
+
+async def test_a_pooled_draft_that_does_not_hold_goes_and_is_not_blamed(scene: Scene) -> None:
+    for _ in range(3):
+        await scene.engine.report(alpha=0.6, requests=4)
+    await scene.drift()
+    await scene.score(await scene.claimed(), day=2.3, night=2.1)
+    await scene.serves(scene.day)
+    assert (await scene.deployment()).baseline_length == pytest.approx(2.1 + 0.095)  # the lower of served and scored
+    assert await scene.settles(alpha=0.1) is DeploymentState.ROLLED_BACK
+    undone = await scene.happened("pool-switch-undone")
+    assert undone.data["version"] == scene.day.version
+    await scene.control.converge()
+    assert scene.engine.info.version == scene.night.version
+    assert (await scene.control.plane.draft(scene.day.version)).quarantined == ""
+    scouting = await scene.scouting()
+    assert (scouting.stage, scouting.domains.current) == (Stage.IDLE, 0)
+    assert scene.day.version in scouting.domains.others(scene.night.version)  # at home it is as good as ever
+    head = await scene.control.controller.heads.current(scene.digest)
+    assert head is not None
+    assert head.version == scene.night.version
+
+
+async def test_an_unanswered_drift_is_looked_at_again_and_holds_no_training_then(scene: Scene) -> None:
+    await scene.drift()
+    await scene.score(await scene.claimed(), day=1.2, night=1.3)
+    await scene.happened("pool-scored")
+    scene.configure("pool", retry_s=0.001)
+
+    async def again() -> bool:
+        await scene.control.cycle()
+        return (await scene.scouting()).cause is Cause.UNANSWERED
+
+    await eventually(again)
+    await scene.claimed(JobKind.TRAIN)
+    scene.samples(await scene.control.context.now_ms() + 1)
+    await scene.score(await scene.claimed(), day=2.4, night=1.3)
+    await scene.serves(scene.day)
+
+
+async def test_a_drift_that_comes_while_drafts_are_scored_is_the_one_that_counts(scene: Scene) -> None:
+    await scene.drift()
+    claim = await scene.claimed()
+    await scene.put(dispatcher.STATE, replace(await scene.collection(), drifts=2))
+    await scene.control.cycle()
+    assert (await scene.scouting()).job != claim.job.id
+
+
+@pytest.mark.parametrize("stage", ["submitting", "switching"])
+async def test_who_takes_over_in_between_goes_on(scene: Scene, stage: str) -> None:
+    """A leader that died behind the write: its state is there, and what it would have done next is not."""
+    since_ms = await scene.drift()
+    domains = Domains(0, 2, scene.night.version, (await scene.scouting()).domains.entries)
+    now_ms = await scene.control.context.now_ms()
+    common = Scouting(domains, drifts=1, since_ms=since_ms, deadline_ms=now_ms + 60_000, serving=scene.night.version)
+    if stage == "submitting":
+        await scene.put(scout.STATE, replace(common, stage=Stage.SCORING, job="job-that-never-came-to-be"))
+        await scene.score(await scene.claimed(), day=2.3, night=1.3)
+    else:
+        resumed = domains.scored({scene.day.version: 2.3}, scene.day.version, now_ms)
+        switching = replace(common, stage=Stage.SWITCHING, winner=scene.day.version, over=1.3, domains=resumed)
+        await scene.put(scout.STATE, switching)
+    await scene.serves(scene.day)
+    assert await scene.settles() is DeploymentState.LIVE
+    await scene.control.converge()
+    assert (await scene.scouting()).domains.current == 1
+    assert scene.engine.kinds().count("Swap") == 1
+
+
+async def test_an_operator_s_word_ends_a_switch(scene: Scene) -> None:
+    await scene.drift()
+    await scene.score(await scene.claimed(), day=2.3, night=1.3)
+    await scene.serves(scene.day)
+    now_ms = await scene.control.context.now_ms()
+    await scene.control.controller.heads.move(scene.digest, Head(scene.night.version, now_ms))
+    await scene.control.cycle()
+    assert (await scene.scouting()).stage is Stage.IDLE
+
+
+async def test_a_draft_in_quarantine_is_no_candidate(scene: Scene) -> None:
+    scene.control.context.drafts.quarantine(scene.day.version, "worse")
+    await scene.drift()
+    claim = await scene.claimed()
+    assert claim.job.spec.candidates == ()
+
+
+async def test_deployments_make_the_domains(scene: Scene) -> None:
+    await scene.put(scout.STATE, Scouting())
+    await scene.control.cycle()
+    domains = (await scene.scouting()).domains
+    assert [(entry.number, entry.version) for entry in domains.entries] == [(1, scene.night.version)]
+    await scene.put(dispatcher.STATE, replace(await scene.collection(), drifts=1))
+    await scene.control.cycle()
+    assert (await scene.scouting()).domains.current == 0
+    await scene.control.plane.deploy(scene.day.version, None, "uid:1")
+    await scene.settles()
+    await scene.control.converge()
+    domains = (await scene.scouting()).domains
+    assert [entry.version for entry in domains.entries] == [scene.night.version, scene.day.version]
+    assert domains.current == 2
+
+
+async def rests(scene: Scene) -> bool:
+    """Traffic without a drafted token; whether the engine taps."""
+    await scene.engine.report(alpha=0.0, requests=2, gamma=0)
+    await scene.control.cycle()
+    return scene.engine.info.capturing
+
+
+async def test_gamma_0_is_left_again_by_shadow_acceptance(scene: Scene) -> None:
+    """Probes are not to be afforded here; what the draft would accept is found out on tapped states."""
+    scene.configure("training", enabled=False)
+    scene.configure("speculation", probe_every_s=1e6, shadow_every_s=0.001)
+    for _ in range(3):
+        await scene.engine.report(alpha=0.01, requests=4)  # the draft is useless
+    await scene.control.converge()
+    assert set(scene.engine.info.gammas) == {0}
+    await eventually(lambda: rests(scene))
+    assert (await scene.scouting()).cause is Cause.SHADOW
+    scene.samples(await scene.control.context.now_ms() + 1)
+    scene.configure("speculation", shadow_every_s=600.0)
+    await scene.score(await scene.claimed(), day=2.1, night=2.3)
+
+    async def drafts() -> bool:
+        await scene.control.cycle()
+        return scene.engine.info.gammas[0] > 0
+
+    await eventually(drafts)
+    await scene.control.converge()
+    assert not scene.engine.info.capturing  # only while it was wanted
+    assert await scene.control.events("pool-switched") == []
+    [explained] = await scene.control.plane.explain(ENGINE)
+    assert explained.alpha is not None
+    assert explained.alpha > 0.3
+
+
+async def test_a_pooled_draft_that_wins_in_the_shadow_is_switched_to(scene: Scene) -> None:
+    scene.configure("speculation", probe_every_s=1e6, shadow_every_s=0.001)
+    await eventually(lambda: rests(scene))
+
+    async def shadowed() -> bool:
+        await rests(scene)
+        return (await scene.scouting()).cause is Cause.SHADOW
+
+    await eventually(shadowed)
+    scene.samples(await scene.control.context.now_ms() + 1)
+    await scene.score(await scene.claimed(), day=2.3, night=1.0)
+    await scene.serves(scene.day)
+
+
+@pytest.mark.parametrize("reason", ["never", "operator", "idle"])
+async def test_no_shadow_where_none_is_wanted(scene: Scene, reason: str) -> None:
+    scene.configure("training", enabled=False)
+    scene.configure("speculation", probe_every_s=1e6, shadow_every_s=0.0 if reason == "never" else 0.001)
+    if reason == "operator":
+        await scene.control.plane.set_policy(SpeculationMode.OFF, 0, "uid:1")
+    for _ in range(5):
+        running = 0 if reason == "idle" else 1
+        await scene.engine.report(alpha=0.0, requests=2, gamma=0, running=running)
+        await scene.control.cycle()
+    assert (await scene.scouting()).stage is Stage.IDLE
+    assert not scene.engine.info.capturing
+
+
+def test_a_choice_among_many_takes_more_certainty() -> None:
+    config = GateConfig(min_requests=10, min_tokens=100)
+    old = evaluation("0" * 64, 1.5, 12)
+    lengths = tuple(1.7 + 0.01 * i + (0.35 if i % 2 else -0.35) for i in range(12))
+    close = [replace(evaluation(f"{n}" * 64, 1.5, 12), lengths=lengths) for n in range(1, 9)]
+    assert choose(old, close[:1], config).winner is close[0]
+    assert choose(old, close, config).winner is None
+    better = evaluation("9" * 64, 2.0, 12)
+    found = choose(old, [*close, better], config)
+    assert found.winner is better
+    assert len(found.decisions) == 9

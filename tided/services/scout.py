@@ -1,0 +1,429 @@
+"""Which pooled draft the newest traffic wants: `tided.policies.domains` with its IO, for all engines of a target.
+
+After a drift, as soon as a few requests are in stock, one score job evaluates the draft that serves and those of all known domains on
+them, held-out and training side alike: what is that new was never trained on. If one surely accepts more than what serves (the gate's
+bootstrap, at a confidence that pays for the choice among several) it becomes the target's head at once, on all engines: it has served
+before, so it needs no canary. Its watch and the way back stay. Training waits for the answer, with a deadline, and goes on from it.
+
+While an engine drafts nothing, nobody sees what its draft would accept. The same job says so now and then, on states that are tapped for
+it: shadow acceptance. What the serving draft scores goes to the speculation policy as evidence, and a pooled draft can win there as well.
+
+Level-triggered and safe to repeat, as the dispatcher: a job's id is stored before it is submitted; the choice is a pure function of its
+result; a switch is stored before the head moves, and moves it once.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import anyio.to_thread
+
+from tided.machine.collection import Collection
+from tided.model import failpoints
+from tided.model.errors import Conflict, Refused
+from tided.model.ids import new_id
+from tided.model.records import (
+    Candidate,
+    Capability,
+    DeploymentState,
+    Draft,
+    DraftOrigin,
+    Evaluation,
+    Job,
+    JobKind,
+    JobSpec,
+    JobState,
+)
+from tided.policies.domains import DomainRules, Domains
+from tided.services import gate
+from tided.services.context import Context
+from tided.services.deployer import check_fit
+from tided.services.pools import POOLED, Head, Heads, Member, Pool
+from tided.services.stock import Newest, Stockroom
+
+STATE = "scouting"
+SCORED_TOKENS = 2_000
+"""Tokens that each draft is scored on at most: seconds of one core for a whole pool."""
+MAX_ATTEMPTS = 2
+
+
+class Stage(StrEnum):
+    IDLE = "idle"
+    SAMPLING = "sampling"  # waits for enough new requests
+    SCORING = "scoring"
+    SWITCHING = "switching"  # engines are on their way onto a pooled draft
+
+
+class Cause(StrEnum):
+    DRIFT = "drift"
+    UNANSWERED = "unanswered"  # a drift that neither the pool nor a training has answered yet
+    SHADOW = "shadow"  # an engine drafts nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Scouting:
+    """`drifts`: of the target's, how many were looked at; `answered`: how many, when a pooled draft was gone back to last. `since_ms`:
+    from then on samples count, or deployments are the switch's. `asked_ms`: when drafts were to be scored last. `job`: that score.
+    `serving`: the draft that the others are compared with, which scored `over`; `winner`: the one that is switched to; `moved`: the head
+    is on it."""
+
+    domains: Domains = field(default_factory=Domains)
+    stage: Stage = Stage.IDLE
+    cause: Cause = Cause.DRIFT
+    drifts: int = 0
+    answered: int = 0
+    since_ms: int = 0
+    deadline_ms: int = 0
+    asked_ms: int = 0
+    job: str = ""
+    serving: str = ""
+    over: float = 0.0
+    winner: str = ""
+    moved: bool = False
+
+    @property
+    def asking(self) -> bool:
+        return self.stage in (Stage.SAMPLING, Stage.SCORING)
+
+    def ended(self) -> "Scouting":
+        return replace(self, stage=Stage.IDLE, job="", winner="", moved=False, deadline_ms=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The pooled draft that surely beats what serves, or None, and how each compared."""
+
+    winner: Evaluation | None
+    decisions: tuple[tuple[Evaluation, gate.GateDecision], ...]
+
+
+class Scout:
+    """Keeps a `Scouting` for each target in the leader's state."""
+
+    def __init__(self, context: Context, heads: Heads) -> None:
+        self._context = context
+        self._heads = heads
+        self._stockroom = Stockroom(context)
+        self._resting: dict[str, float] = {}  # engine -> since when (the context's clock)
+
+    def forget(self, engines: set[str]) -> None:
+        for engine in engines:
+            self._resting.pop(engine, None)
+
+    async def current(self, target: str) -> Scouting:
+        """Of a target, by its digest."""
+        return await self._context.state.get(Scouting, STATE, target) or Scouting()
+
+    async def reconcile(self, pool: Pool, collection: Collection, now_ms: int) -> tuple[Pool, bool]:
+        """Take the target's scouting one step further: the pool with what was found out, and whether engines should tap for it.
+
+        Raises `Unavailable`, `Superseded`.
+        """
+        before = await self.current(pool.digest)
+        scouting = await self._begun(pool, before, collection, now_ms)
+        match scouting.stage:
+            case Stage.SAMPLING:
+                scouting = await self._sampling(pool, scouting, now_ms)
+            case Stage.SCORING:
+                scouting = await self._scoring(pool, scouting, now_ms)
+            case Stage.SWITCHING:
+                scouting = await self._switching(pool, scouting, now_ms)
+            case Stage.IDLE:
+                pass
+        await self._put(pool, before, scouting)
+        found = replace(pool, hold=_hold(pool, scouting), answered=scouting.answered)
+        if self._enabled:
+            found = replace(found, domain=scouting.domains.here, domains=scouting.domains.numbers)
+        return found, scouting.stage is Stage.SAMPLING
+
+    @property
+    def _enabled(self) -> bool:
+        return self._context.config.pool.enabled
+
+    async def _put(self, pool: Pool, before: Scouting, after: Scouting) -> None:
+        if after != before:
+            await self._context.state.put(STATE, pool.digest, after, self._context.leadership.require())
+
+    # --- when to ask ---
+
+    async def _begun(self, pool: Pool, scouting: Scouting, collection: Collection, now_ms: int) -> Scouting:
+        """Take note of what serves, and of a question that has come up."""
+        serving = await self._find(await self._heads.incumbent(pool))
+        if self._enabled and pool.settled and scouting.stage is not Stage.SWITCHING:
+            scouting = await self._accounted(scouting, serving, now_ms)
+        drifted = collection.drifts > scouting.drifts
+        if drifted and scouting.stage is not Stage.SWITCHING:
+            await self._abandon(scouting)
+            domains = scouting.domains.drifted(now_ms)
+            scouting = replace(scouting.ended(), drifts=collection.drifts, domains=domains)
+        if not self._enabled and scouting.asking and scouting.cause is not Cause.SHADOW:
+            await self._abandon(scouting)
+            scouting = scouting.ended()
+        if scouting.stage is not Stage.IDLE or serving is None or not self._can_tap(pool):
+            return scouting
+        others = scouting.domains.others(serving.version) if self._enabled else ()
+        if drifted and others:
+            # Samples of since the drift was noted, not since it was looked at: some may be there already.
+            return self._asking(scouting, Cause.DRIFT, collection.since_ms, now_ms)
+        since_asked_ms, every_ms = now_ms - scouting.asked_ms, self._shadow_every_ms(pool)
+        if every_ms and since_asked_ms >= every_ms:
+            return self._asking(scouting, Cause.SHADOW, now_ms, now_ms)
+        if collection.drifting and others and since_asked_ms >= self._context.config.pool.retry_s * 1000:
+            return self._asking(scouting, Cause.UNANSWERED, now_ms, now_ms)
+        return scouting
+
+    def _asking(self, scouting: Scouting, cause: Cause, since_ms: int, now_ms: int) -> Scouting:
+        deadline_ms = now_ms + round(self._context.config.pool.deadline_s * 1000)
+        return replace(
+            scouting,
+            stage=Stage.SAMPLING,
+            cause=cause,
+            since_ms=since_ms,
+            deadline_ms=deadline_ms,
+            asked_ms=now_ms,
+        )
+
+    def _shadow_every_ms(self, pool: Pool) -> int:
+        """How often to ask because an engine drafts nothing; 0 while none has done so for that long."""
+        now_s, every_s = self._context.clock(), self._context.config.speculation.shadow_every_s
+        for member in pool.members:
+            engine = member.view.engine
+            if not member.resting:
+                self._resting.pop(engine, None)
+            elif member.view.running:
+                self._resting.setdefault(engine, now_s)
+        since_s = [self._resting[member.view.engine] for member in pool.members if member.view.engine in self._resting]
+        return round(every_s * 1000) if since_s and now_s - min(since_s) >= every_s else 0
+
+    @staticmethod
+    def _can_tap(pool: Pool) -> bool:
+        return any(Capability.TAP in member.view.info.capabilities for member in pool.members)
+
+    async def _accounted(self, scouting: Scouting, serving: Draft | None, now_ms: int) -> Scouting:
+        """The domains, with what serves for good now and without what must not serve any more. Version 0 is nobody's draft."""
+        domains = scouting.domains
+        if serving is None or serving.version == domains.served:
+            return scouting
+        blamed = [version for version in domains.others(serving.version) if not await self._good(version)]
+        if serving.origin is DraftOrigin.INIT:
+            domains = replace(domains, served=serving.version)
+        else:
+            length = serving.evaluation.length if serving.evaluation is not None else 0.0
+            domains = domains.deployed(serving.version, length, now_ms, self._rules())
+        return replace(scouting, domains=domains.without(frozenset(blamed)))
+
+    # --- asking ---
+
+    async def _sampling(self, pool: Pool, scouting: Scouting, now_ms: int) -> Scouting:
+        settings = self._context.config.pool
+        if now_ms >= scouting.deadline_ms:
+            return scouting.ended()
+        newest = await self._stockroom.newest(
+            pool.digest, scouting.since_ms, settings.min_rows, settings.min_requests, SCORED_TOKENS
+        )
+        if newest is None or pool.suspected or not pool.settled:
+            return scouting  # what is deployed meanwhile may not stay
+        serving = await self._heads.incumbent(pool)
+        scoring = replace(scouting, stage=Stage.SCORING, job=new_id("job"), serving=serving)
+        # The id first: a leader that goes on from here submits this very job.
+        await self._put(pool, scouting, scoring)
+        failpoints.hit("scout.submitting")
+        await self._submit(pool, scoring, newest)
+        failpoints.hit("scout.submitted")
+        return scoring
+
+    async def _submit(self, pool: Pool, scouting: Scouting, newest: Newest) -> None:
+        context, target = self._context, pool.target
+        others = scouting.domains.others(scouting.serving) if self._enabled else ()
+        candidates = [version for version in others if await self._fits(pool, version)]
+        # A prompt is scored whole: enough tokens that there are enough of them.
+        tokens = max(SCORED_TOKENS, round(2 * context.config.pool.min_requests * newest.tokens_per_request))
+        drafted = max(member.view.info.gamma_max for member in pool.members)
+        spec = JobSpec(
+            kind=JobKind.SCORE,
+            engine=",".join(member.view.engine for member in pool.members),
+            target=target.info.digest,
+            target_dir=str(target.path.absolute()),
+            lineage=target.name,
+            draft=scouting.serving,
+            draft_dir=str(context.drafts.path(scouting.serving)),
+            held_out=newest.shards,
+            gamma=max(1, min(context.config.speculation.gamma_max, drafted)),
+            candidates=tuple(Candidate(version, str(context.drafts.path(version))) for version in candidates),
+            options={"held_out_tokens": tokens},
+        )
+        await context.jobs.submit(spec, context.leadership.require(), MAX_ATTEMPTS, scouting.job)
+
+    async def _scoring(self, pool: Pool, scouting: Scouting, now_ms: int) -> Scouting:
+        job = await self._context.jobs.get(scouting.job)
+        if job is None:  # the leader before us stored its id and died
+            return replace(scouting, stage=Stage.SAMPLING, job="")
+        if job.state is JobState.SUCCEEDED:
+            return await self._scored(pool, scouting, job, now_ms)
+        if job.state.final or now_ms >= scouting.deadline_ms:
+            await self._abandon(scouting)
+            return scouting.ended()
+        return scouting
+
+    async def _abandon(self, scouting: Scouting) -> None:
+        """Nobody waits for the score that is under way any more."""
+        if scouting.job:
+            with suppress(Conflict, Refused):  # it has ended, or never came to be
+                await self._context.jobs.cancel(scouting.job, self._context.leadership.require())
+
+    # --- the answer ---
+
+    async def _scored(self, pool: Pool, scouting: Scouting, job: Job, now_ms: int) -> Scouting:
+        if not pool.settled and now_ms < scouting.deadline_ms:
+            return scouting
+        result, serving = job.result, await self._heads.incumbent(pool)
+        if result is None or result.candidate is None or serving != job.spec.draft or pool.suspected:
+            return scouting.ended()
+        for member in pool.members:
+            if member.resting and member.view.version == serving:
+                member.view.hear(result.candidate)
+        choice = choose(result.candidate, result.scores, self._gate())
+        lengths = {score.version: score.length for score in (result.candidate, *result.scores) if score.tokens}
+        if serving not in lengths:
+            return scouting.ended()  # nothing was scored
+        best = choice.winner.version if choice.winner is not None else serving
+        domains = replace(scouting.domains, served=serving).scored(lengths, best, now_ms, self._rules())
+        await self._announce(pool, scouting, choice, result.candidate, domains)
+        if choice.winner is None:
+            return replace(scouting.ended(), domains=domains)
+        deployment = self._context.config.deployment
+        wait_s = self._context.config.pool.deadline_s + deployment.swap_deadline_s + deployment.watch_s
+        switching = replace(
+            scouting,
+            domains=domains,
+            stage=Stage.SWITCHING,
+            job="",
+            over=max(1.0, result.candidate.length),
+            winner=best,
+            since_ms=now_ms,
+            deadline_ms=now_ms + round(wait_s * 1000),
+        )
+        await self._put(pool, scouting, switching)
+        failpoints.hit("scout.switching")
+        return await self._switching(pool, switching, now_ms)
+
+    async def _switching(self, pool: Pool, scouting: Scouting, now_ms: int) -> Scouting:
+        """Move the head; engines follow it. If it fails on one, or on none succeeds, all go back."""
+        if not scouting.moved:
+            await self._heads.move(pool.digest, Head(scouting.winner, scouting.since_ms, POOLED, scouting.over))
+            failpoints.hit("scout.moved")
+            return replace(scouting, moved=True)
+        head = await self._heads.current(pool.digest)
+        if head is None or head.version != scouting.winner:
+            return scouting.ended()  # an operator wants another one
+        serves = any(member.view.info.version == scouting.winner for member in pool.members)
+        late = now_ms >= scouting.deadline_ms
+        failed = next((member for member in pool.members if _failed(member, scouting)), None)
+        if failed is not None or (late and not serves):
+            await self._heads.move(pool.digest, Head(scouting.serving, now_ms))
+            why = (
+                failed.deployment.error if failed is not None and failed.deployment is not None else "no engine took it"
+            )
+            message = f"{await self._name(scouting.winner)} is not kept: {why}"
+            await self._context.announce("pool-switch-undone", pool.target.name, message, version=scouting.winner)
+            return replace(scouting.ended(), domains=scouting.domains.unknown(scouting.serving))
+        if serves:
+            scouting = replace(scouting, answered=scouting.drifts)
+        return scouting.ended() if (serves and pool.settled) or late else scouting
+
+    async def _announce(
+        self, pool: Pool, scouting: Scouting, choice: Choice, serving: Evaluation, domains: Domains
+    ) -> None:
+        scores = [f"{await self._name(serving.version)} {serving.length:.2f} (serves)"]
+        scores += [f"{await self._name(score.version)} {score.length:.2f}" for score, _ in choice.decisions]
+        known = f"domain {domains.current}" if domains.current else "no domain that is known"
+        requests = len(serving.groups)
+        message = f"acceptance length on {requests} requests: {', '.join(scores)}; {known}"
+        lengths = {score.version: round(score.length, 4) for score in (serving, *(s for s, _ in choice.decisions))}
+        await self._context.announce(
+            "pool-scored",
+            pool.target.name,
+            message,
+            cause=scouting.cause.value,
+            domain=domains.current,
+            lengths=lengths,
+        )
+        for score, decision in choice.decisions:
+            if choice.winner is score:
+                message = f"{await self._name(serving.version)} -> {await self._name(score.version)}: {decision.reason}"
+                await self._context.announce(
+                    "pool-switched",
+                    pool.target.name,
+                    message,
+                    version=score.version,
+                    previous=serving.version,
+                    gain=round(decision.gain, 4),
+                    lower=round(decision.lower, 4),
+                )
+
+    # --- drafts ---
+
+    async def _find(self, version: str) -> Draft | None:
+        if not version:
+            return None
+        try:
+            return await anyio.to_thread.run_sync(self._context.drafts.get, version)
+        except Refused:
+            return None
+
+    async def _fits(self, pool: Pool, version: str) -> bool:
+        """Whether every engine could take it."""
+        draft = await self._find(version)
+        if draft is None:
+            return False
+        try:
+            for member in pool.members:
+                check_fit(member.view.info, draft)
+        except Refused:
+            return False
+        return True
+
+    async def _good(self, version: str) -> bool:
+        draft = await self._find(version)
+        return draft is not None and not draft.quarantined
+
+    async def _name(self, version: str) -> str:
+        draft = await self._find(version)
+        return f"{draft.lineage}@{draft.number}" if draft is not None else version[:12]
+
+    def _rules(self) -> DomainRules:
+        settings = self._context.config.pool
+        return DomainRules(settings.size, settings.same, settings.alike)
+
+    def _gate(self) -> gate.GateConfig:
+        config = self._context.config
+        return config.gate.model_copy(
+            update={"min_requests": config.pool.min_requests, "min_tokens": config.pool.min_rows}
+        )
+
+
+def choose(serving: Evaluation, scores: Sequence[Evaluation], config: gate.GateConfig) -> Choice:
+    """The longest of the pooled drafts that surely accept more than the serving one; to choose among n takes n times the certainty."""
+    strict = config.model_copy(update={"confidence": 1.0 - (1.0 - config.confidence) / max(1, len(scores))})
+    decisions = tuple((score, gate.judge(serving, score, strict)) for score in scores)
+    better = [(score, decision) for score, decision in decisions if decision.verdict is gate.Verdict.PASS]
+    winner = max(better, key=lambda pair: pair[1].gain, default=None)
+    return Choice(winner[0] if winner is not None else None, decisions)
+
+
+def _hold(pool: Pool, scouting: Scouting) -> str:
+    """Why no training may begin, or ""."""
+    if scouting.stage is Stage.SWITCHING:
+        serves = any(member.view.info.version == scouting.winner for member in pool.members)
+        return "" if serves else "a pooled draft is being switched to"
+    if scouting.asking and scouting.cause is Cause.DRIFT:
+        return "drafts of earlier domains are scored on the newest requests"
+    return ""
+
+
+def _failed(member: Member, scouting: Scouting) -> bool:
+    deployment = member.deployment
+    if deployment is None or deployment.version != scouting.winner or deployment.created_ms < scouting.since_ms:
+        return False
+    return deployment.state in (DeploymentState.ROLLED_BACK, DeploymentState.FAILED)
