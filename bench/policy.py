@@ -20,7 +20,7 @@ from tided.config import SpeculationConfig
 from tided.model.records import StepCounts
 from tided.policies.base import SpeculationObservation, SpeculationPolicy
 from tided.policies.registry import policy_for
-from tided.policies.speedup import Acceptance, monotone
+from tided.policies.speedup import Acceptance, smoothed
 from tided.replay import incidents
 from tided.replay.compare import POLICIES, Result, compare
 from tided.replay.generate import FAST, GAMMA_MAX, KINDS, generate
@@ -156,7 +156,7 @@ def cost(name: str) -> list[Claim]:
         seen = SpeculationObservation(
             now_s=float(turn),
             version="draft",
-            profile=monotone(profiles[engine]),
+            profile=smoothed(profiles[engine]),
             acceptance=Acceptance.prior((alpha,) * GAMMA_MAX, 400.0),
             measured=measured,
             running=running,

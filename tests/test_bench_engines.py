@@ -200,9 +200,7 @@ def test_steps_that_take_longer_than_the_profile_says_are_an_error_that_use_puts
     assert all(cell.error == pytest.approx(0.15, abs=0.02) for cell in cells)
     assert all(cell.step == pytest.approx(1 / 1.15 - 1, abs=1e-6) for cell in cells)
     claims = {claim.id: claim for claim in speedup_claims(cells)}
-    assert claims["speedup.median"].met is False
-    assert claims["speedup.worst"].met is False
-    before, after = (float(str(claims[f"speedup{which}.median"].value)) for which in ("", ".calibrated"))
+    before, after = (float(str(claims[f"speedup{which}.median"].value)) for which in (".start", ""))
     assert after < 0.8 * before
 
 

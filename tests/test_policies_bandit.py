@@ -16,7 +16,7 @@ from tided.policies.bandit import BanditPolicy, BanditState
 from tided.policies.base import SpeculationDecision, SpeculationObservation, SpeculationPolicy
 from tided.policies.evidence import LossAccount
 from tided.policies.registry import policy_for
-from tided.policies.speedup import monotone, step_s
+from tided.policies.speedup import smoothed, step_s
 from tided.policies.trials import WINDOW_S, bucket
 from tided.replay.drivers import Tided
 from tided.replay.generate import KINDS, generate
@@ -160,7 +160,7 @@ class Accountant(Tided):
         decision, clock = self.in_force, self.book[-1][0] if self.book else 0.0
         if decision is None:
             return
-        profile, choice = monotone(self.trace.header.told or self.trace.header.profile), decision.choices[batch - 1]
+        profile, choice = smoothed(self.trace.header.told or self.trace.header.profile), decision.choices[batch - 1]
         best = seconds * batch / step_s(profile, batch, 0) * choice.predicted
         loss = best * (1.0 - choice.speedups[gamma] / choice.predicted) if decision.probing else 0.0
         self.book.append((clock + seconds, max(loss, 0.0), best))

@@ -30,7 +30,15 @@ def test_a_wrong_profile_is_put_right_where_steps_were_measured() -> None:
     found = calibration.corrected()
     for tokens in (1, 2, 4, 8, 16):
         assert target_s(found, tokens) == pytest.approx(target_s(PROFILE, tokens), rel=0.1), tokens
-    assert list(found.target_s) == sorted(found.target_s)
+
+
+def test_what_is_around_every_step_is_no_load() -> None:
+    around_s = 0.08 * min(PROFILE.target_s)
+    served = steps(PROFILE, 1, 0, count=400)
+    calibration = Calibration.of(PROFILE, 0.0).add(1.0, [replace(served, seconds=served.seconds + 400 * around_s)])
+    for tokens, seconds in zip(PROFILE.tokens, PROFILE.target_s, strict=True):
+        found = target_s(calibration.corrected(), tokens)
+        assert found == pytest.approx(seconds + around_s, rel=0.02), tokens
 
 
 def test_load_that_slows_everything_changes_no_prediction() -> None:

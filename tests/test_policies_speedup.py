@@ -1,6 +1,7 @@
 """Equations 2 to 5 and their estimators: values worked out by hand, and properties."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -69,13 +70,23 @@ def test_interpolation_goes_on_beyond_the_ends() -> None:
 
 
 @given(st.lists(st.floats(1e-4, 1.0), min_size=2, max_size=8), alphas, st.integers(1, 8), st.integers(1, 4))
-def test_a_monotone_profile_never_predicts_more_than_the_length(
+def test_a_smoothed_profile_never_predicts_more_than_the_length_and_a_dip(
     times: list[float], alpha: float, batch: int, gamma: int
 ) -> None:
     noisy = LatencyProfile(tuple(2**i for i in range(len(times))), tuple(times), (1, 8), (0.002, 0.001))
-    profile = eq.monotone(noisy)
-    assert list(profile.target_s) == sorted(profile.target_s)
-    assert eq.speedup(profile, batch, gamma, alpha) <= eq.expected_length(alpha, gamma) + 1e-9
+    profile = eq.smoothed(noisy)
+    for before, time in zip(noisy.target_s, profile.target_s, strict=True):
+        assert time <= before
+    for i, time in enumerate(profile.target_s):
+        assert time <= eq.DIP * min(profile.target_s[i:]) * (1 + 1e-9)
+    assert eq.speedup(profile, batch, gamma, alpha) <= eq.DIP * eq.expected_length(alpha, gamma) * (1 + 1e-9)
+
+
+def test_a_kernel_that_is_slower_for_less_is_no_spike() -> None:
+    measured = replace(PROFILE, target_s=(0.0257, 0.0287, 0.0237, 0.0314, 0.09))
+    assert eq.smoothed(measured).target_s[:4] == measured.target_s[:4]
+    spiked = replace(measured, target_s=(0.0257, 0.0587, 0.0237, 0.0314, 0.09))
+    assert eq.smoothed(spiked).target_s[1] == pytest.approx(eq.DIP * 0.0237)
 
 
 def test_acceptance_counts_by_position() -> None:

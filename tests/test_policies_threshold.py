@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tided.model.records import LatencyProfile, StepCounts
 from tided.policies.base import SpeculationDecision, SpeculationObservation, SpeculationPolicy
-from tided.policies.speedup import Acceptance, monotone, step_s
+from tided.policies.speedup import Acceptance, smoothed, step_s
 from tided.policies.threshold import ThresholdPolicy, ThresholdState
 
 # T(4)/T(1) about 1, T(40)/T(8) about 2.4; the small copy of the paper's regime (engines.md).
@@ -189,7 +189,7 @@ def test_a_decision_carries_its_figures() -> None:
 
 
 profiles = st.builds(
-    lambda base, slope, draft: monotone(
+    lambda base, slope, draft: smoothed(
         LatencyProfile((1, 8, 40), (base, base + 7 * slope, base + 39 * slope), (1, 8), (draft, 2 * draft))
     ),
     st.floats(0.01, 0.1),

@@ -20,6 +20,8 @@ from tided.model.records import LatencyProfile, StepCounts
 
 HALF_LIFE_TRIALS = 400.0
 """Request-steps after which a count of acceptance is worth half."""
+DIP = 1.25
+"""How much longer than more work some work may take: 1.21 was measured, of two tokens over four."""
 _PRIOR_TRIALS = 16.0
 _BISECTIONS = 60
 
@@ -142,23 +144,24 @@ class Acceptance:
 
 
 def interpolate(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
-    """Piecewise linear through (xs, ys), xs ascending; the end segments go on beyond the ends, never below the smallest y."""
+    """Piecewise linear through (xs, ys), xs ascending. The end segments go on, beyond the last never below it, nowhere below the smallest y."""
     if len(xs) == 1:
         return ys[0]
     i = min(max(bisect_left(xs, x), 1), len(xs) - 1)
     slope = (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
-    return max(ys[i - 1] + slope * (x - xs[i - 1]), min(ys))
+    return max(ys[i - 1] + slope * (x - xs[i - 1]), ys[-1] if x > xs[-1] else min(ys))
 
 
 @lru_cache(maxsize=4096)
-def monotone(profile: LatencyProfile) -> LatencyProfile:
-    """The profile with every time lowered to the least one at or beyond it: more work never takes less, so what says so is noise.
+def smoothed(profile: LatencyProfile) -> LatencyProfile:
+    """The profile without spikes: a time is lowered to `DIP` times the least one at or beyond it, where it is above that.
 
-    Disturbances only ever lengthen a measurement. After this no speedup can exceed E[l].
+    More work takes hardly less, so what says so is noise: disturbances only ever lengthen a measurement. But a processor's kernel for one
+    or two rows can be slower than the one for four. After this no speedup can exceed E[l] times `DIP`.
     """
 
     def lowered(times: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(min(times[i:]) for i in range(len(times)))
+        return tuple(min(time, DIP * min(times[i:])) for i, time in enumerate(times))
 
     return replace(profile, target_s=lowered(profile.target_s), draft_s=lowered(profile.draft_s))
 

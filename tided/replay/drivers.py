@@ -8,7 +8,7 @@ from typing import Any
 
 from tided.model.records import StepCounts
 from tided.policies.base import SpeculationDecision, SpeculationObservation, SpeculationPolicy
-from tided.policies.speedup import Acceptance, monotone
+from tided.policies.speedup import Acceptance, smoothed
 from tided.replay.trace import Trace
 
 REPORT_S = 0.5
@@ -51,7 +51,7 @@ class Tided(Driver):
 
     def __post_init__(self) -> None:
         header = self.trace.header
-        self._profile = monotone(header.told or header.profile)
+        self._profile = smoothed(header.told or header.profile)
         self._state = self.policy.start()
         self._acceptance = Acceptance()
         self._counts: dict[tuple[int, int], tuple[list[int], float]] = {}

@@ -11,7 +11,7 @@ import numpy as np
 
 from tided.model.errors import Refused
 from tided.model.records import EngineInfo, Observation
-from tided.policies.speedup import monotone, step_s
+from tided.policies.speedup import smoothed, step_s
 from tided.replay.trace import Header, Trace
 
 
@@ -19,7 +19,7 @@ def recorded(name: str, about: str, info: EngineInfo, reports: Sequence[Observat
     """The trace of `reports`, oldest first. Raises `Refused` when the engine has no profile, or none of them drafted gamma_max tokens."""
     if info.profile is None:
         raise Refused(f"engine {info.engine} has no latency profile")
-    rng, profile, gamma = np.random.default_rng(0), monotone(info.profile), info.gamma_max
+    rng, profile, gamma = np.random.default_rng(0), smoothed(info.profile), info.gamma_max
     at_s, batches, residuals, prefixes = list[float](), list[int](), list[float](), list[int]()
     began_ms, ended_s = None, 0.0
     for report in reports:

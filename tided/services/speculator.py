@@ -11,7 +11,7 @@ from tided.model.errors import Refused
 from tided.model.records import EngineInfo, LatencyProfile, PolicySetting, SpeculationMode
 from tided.policies.base import SpeculationDecision, SpeculationObservation, SpeculationPolicy
 from tided.policies.registry import policy_for
-from tided.policies.speedup import monotone
+from tided.policies.speedup import smoothed
 from tided.services.context import Context
 from tided.services.monitor import EngineView
 from tided.services.profiles import Profiles
@@ -85,7 +85,7 @@ class Speculator:
         seen = SpeculationObservation(
             now_s=now_s,
             version=view.version,
-            profile=monotone(profile),
+            profile=smoothed(profile),
             acceptance=view.acceptance,
             measured=measured,
             running=view.running,
