@@ -144,7 +144,7 @@ class Acceptance:
 
 
 def interpolate(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
-    """Piecewise linear through (xs, ys), xs ascending. The end segments go on, beyond the last never below it, nowhere below the smallest y."""
+    """Piecewise linear through (xs, ys), xs ascending. Its end segments go on: beyond the last not below it, nowhere below the least y."""
     if len(xs) == 1:
         return ys[0]
     i = min(max(bisect_left(xs, x), 1), len(xs) - 1)
