@@ -38,7 +38,6 @@ from tided.model.codec import to_plain
 from tided.model.records import Observation
 from tided.store.valkey import EmbeddedValkey
 
-
 SAY_EVERY_S = 10.0
 
 

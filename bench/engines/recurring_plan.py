@@ -63,4 +63,3 @@ def smoke() -> Plan:
         },
         concurrency=4,
     )
-
