@@ -63,11 +63,11 @@ bench-loop: model ## the study, then what the loop costs
 bench-shift: model ## the study of shifting traffic, at most 30 minutes
 	@$(PY) -m bench shift
 
-bench-engines: model engines ## real vLLM and SGLang servers: tap, swaps, cost, Eq. 5, shifting traffic (three hours, in parts)
+bench-engines: model engines ## real vLLM and SGLang servers: tap, swaps, cost, Eq. 5, shifting and recurring traffic (three and a half hours, in parts)
 	@$(PY) -m bench engines
 
-bench-policy: setup ## policies over generated and recorded traffic in virtual time; what a decision costs
-	@$(PY) -m bench policy
+bench-policy: model ## policies over generated and recorded traffic in virtual time; what a decision costs; what a draft forgets
+	@$(PY) -m bench policy forgetting
 
 benchmarks: setup ## docs/benchmarks.md from build/bench/
 	@$(PY) -m bench.report --markdown

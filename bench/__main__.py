@@ -18,8 +18,9 @@ ENGINES = (
     "engines.swaps sglang",
     "engines.shift",
     "engines.shift sglang",
+    "engines.recurring",
 )
-ALL = (*LOOP, "dataplane", "policy", "shift")
+ALL = (*LOOP, "dataplane", "policy", "forgetting", "shift")
 GROUPS = {"all": ALL, "loop": LOOP, "engines": ENGINES}
 
 

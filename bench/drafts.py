@@ -5,7 +5,8 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tided.config import Config
 from tided.draft.init import init_draft
 from tided.draft.target import describe
 from tided.model.codec import from_plain, to_plain
-from tided.model.records import DraftOrigin, JobKind, JobResult, JobSpec
+from tided.model.records import Candidate, DraftOrigin, Evaluation, JobKind, JobResult, JobSpec
 from tided.store.drafts import DraftStore
 
 WORK = Path("build/bench/trainer")
@@ -24,10 +25,11 @@ BUDGET_S = 60.0
 
 @dataclass(frozen=True)
 class Samples:
-    """Paths of shards. What is measured by asking for prompts of split "measure" is in neither but for `held_out`."""
+    """Paths of shards. What is measured by asking for prompts of split "measure" is in `held_out` only. `replay`: of earlier domains."""
 
     train: list[str]
     held_out: list[str]
+    replay: list[str] = field(default_factory=list[str])
 
 
 def code_samples(model_dir: Path) -> Samples:
@@ -38,9 +40,10 @@ def code_samples(model_dir: Path) -> Samples:
     )
 
 
-def run_job(model_dir: Path, draft: Path, samples: Samples, out: Path, budget_s: float) -> tuple[JobResult, float]:
+def run_job(
+    model_dir: Path, draft: Path, samples: Samples, out: Path, budget_s: float, seed: int = 0
+) -> tuple[JobResult, float]:
     """A training job in a process of its own; its result, and its seconds from start to end."""
-    out.mkdir(parents=True, exist_ok=True)
     spec = JobSpec(
         kind=JobKind.TRAIN,
         engine="bench",
@@ -48,17 +51,40 @@ def run_job(model_dir: Path, draft: Path, samples: Samples, out: Path, budget_s:
         target_dir=str(model_dir),
         draft_dir=str(draft),
         shards=tuple(samples.train),
+        replay=tuple(samples.replay),
         held_out=tuple(samples.held_out),
         budget_s=budget_s,
-        options={"adapt_vocabulary": True},
+        options={"adapt_vocabulary": True, "seed": seed},
     )
+    began = time.perf_counter()
+    return _run(spec, out), time.perf_counter() - began
+
+
+def score(model_dir: Path, drafts: Sequence[Path], held_out: Sequence[str], out: Path) -> list[Evaluation]:
+    """Evaluations of all drafts on the same requests, in the drafts' order: a score job, as a worker runs it for the pool."""
+    first, *others = drafts
+    spec = JobSpec(
+        kind=JobKind.SCORE,
+        engine="bench",
+        target="",
+        target_dir=str(model_dir),
+        draft_dir=str(first),
+        held_out=tuple(held_out),
+        candidates=tuple(Candidate(str(other), str(other)) for other in others),
+    )
+    result = _run(spec, out)
+    assert result.candidate is not None
+    return [result.candidate, *result.scores]
+
+
+def _run(spec: JobSpec, out: Path) -> JobResult:
+    out.mkdir(parents=True, exist_ok=True)
     spec_file = out / "spec.json"
     spec_file.write_text(json.dumps(to_plain(spec)))
-    began = time.perf_counter()
-    command = [sys.executable, "-m", "tided.training", "train", str(spec_file), "--out", str(out)]
+    command = [sys.executable, "-m", "tided.training", spec.kind.value, str(spec_file), "--out", str(out)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     last: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return from_plain(JobResult, last["result"]), time.perf_counter() - began
+    return from_plain(JobResult, last["result"])
 
 
 def first_draft(model_dir: Path) -> Path:

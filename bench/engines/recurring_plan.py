@@ -1,0 +1,65 @@
+"""The sizes of the study of recurring domains on a real server. One plan, one report: a part that another plan ran is not reused."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from bench.engines import shift_plan
+
+POOL, RETRAIN = "pool", "retrain"
+ARMS = (POOL, RETRAIN)
+GAMMA = 3
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of one domain's traffic, which follows on the one before without a pause."""
+
+    domain: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the figures depend on. `server`: how the server and its tided are started, as in the study of shifting traffic."""
+
+    server: shift_plan.Plan
+    arms: Mapping[str, tuple[Phase, ...]]
+    concurrency: int = 8
+    changes: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(
+        default_factory=lambda: {POOL: {}, RETRAIN: {"pool": {"enabled": False}}}
+    )
+
+    @property
+    def digest(self) -> str:
+        """Identifies the plan in the parts that were run under it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def started(self, arm: str) -> shift_plan.Plan:
+        """How the server of one arm is started."""
+        return replace(self.server, changes={**self.server.changes, **self.changes[arm]})
+
+
+def full() -> Plan:
+    """The study. An arm is a part of less than 20 minutes."""
+    return Plan(
+        replace(shift_plan.Plan(), parts=(), turns={8: 16}, gamma_max=GAMMA, gamma=GAMMA),
+        {
+            POOL: (Phase("code", 240), Phase("french", 300), Phase("code", 150), Phase("french", 150)),
+            RETRAIN: (Phase("code", 240), Phase("french", 300), Phase("code", 240)),
+        },
+    )
+
+
+def smoke() -> Plan:
+    """A run of the whole harness that shows nothing but that it works."""
+    return Plan(
+        replace(shift_plan.smoke(), parts=(), turns={4: 4}, gamma_max=GAMMA, gamma=GAMMA),
+        {
+            POOL: (Phase("code", 50), Phase("french", 50), Phase("code", 40), Phase("french", 30)),
+            RETRAIN: (Phase("code", 30), Phase("french", 30), Phase("code", 30)),
+        },
+        concurrency=4,
+    )
