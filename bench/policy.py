@@ -1,4 +1,5 @@
-"""Policies in replay, and what a decision costs: every generated trace with several seeds, and every trace under traces/.
+"""Policies in replay, drift told from faults, and what a decision costs: every generated trace and incident with several seeds, and every
+trace under traces/.
 
 `python -m bench.policy` writes build/bench/policy.json. No engine runs: time is virtual, so other load on the machine changes nothing but
 the cost of a decision, which is taken in CPU time and queued as it would be on a core of its own.
@@ -20,6 +21,7 @@ from tided.model.records import StepCounts
 from tided.policies.base import SpeculationObservation, SpeculationPolicy
 from tided.policies.registry import policy_for
 from tided.policies.speedup import Acceptance, monotone
+from tided.replay import incidents
 from tided.replay.compare import POLICIES, Result, compare
 from tided.replay.generate import FAST, GAMMA_MAX, KINDS, generate
 from tided.replay.trace import SUFFIX, Trace, load
@@ -28,6 +30,8 @@ SEEDS = 3
 SECONDS = 600.0
 BASELINES = ("always-off", "always-on", "fixed", "static", "ema-steps")
 TRACES = ROOT / "traces"
+INCIDENTS = 16
+"""Runs of each kind of incident."""
 ENGINES, PER_S, MAX_BATCH, ROUNDS = 1000, 1000.0, 32, 10
 
 
@@ -97,6 +101,40 @@ def judged(rows: Sequence[Row]) -> list[Claim]:
         claims.append(
             Claim(f"trace-{trace}", f"{trace}: share of the clairvoyant's tokens/s, mean of its seeds", shares)
         )
+    return claims
+
+
+def told_apart(rows: Sequence[incidents.Row]) -> list[Claim]:
+    """The confusion table, and its goals: over all faults, and over all drifts."""
+    faults, drifts = [r for r in rows if r.incident.faulty], [r for r in rows if r.incident.drifts]
+    runs, soon = sum(r.runs for r in faults), f"within {incidents.SOON_S:g} s"
+    late = f"later than {incidents.UNKNOWABLE_S:g} s after they began, when their first samples are stored"
+    claims = [
+        at_most(
+            "faults-trained",
+            f"faults ({runs} runs): trainings begun of themselves {late}",
+            sum(r.trained for r in faults),
+            0,
+        ),
+        at_least(
+            "faults-alarmed", f"faults: share with the right alarm {soon}", sum(r.right_soon for r in faults) / runs, 1
+        ),
+        at_least(
+            "drifts-trained",
+            f"drifts ({sum(r.runs for r in drifts)} runs): share with a training begun",
+            sum(r.trained + r.trained_at_once for r in drifts) / sum(r.runs for r in drifts),
+            1,
+        ),
+        at_most("drifts-alarmed", "drifts: runs with an alarm", sum(r.alarmed for r in drifts), 0),
+        at_most("alarms-wrong", "all: runs with a wrong alarm", sum(r.wrong for r in rows), 0),
+    ]
+    for r in rows:
+        value = (
+            f"{r.runs}: alarm {r.alarmed}, training {r.trained}, training at once {r.trained_at_once}, drift {r.drifts}"
+        )
+        if r.median_s is not None and r.worst_s is not None:
+            value += f"; alarm after {r.median_s:.0f} s, at most {r.worst_s:.0f} s"
+        claims.append(Claim(f"incident-{r.incident.name.lower()}", f"{r.incident}: runs, and what followed", value))
     return claims
 
 
@@ -171,14 +209,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Replay, measure, publish."""
     parser = argparse.ArgumentParser(prog="python -m bench.policy", description=__doc__)
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--incidents", type=int, default=INCIDENTS)
     parser.add_argument("--seconds", type=float, default=SECONDS)
     given = parser.parse_args(arguments)
     rows = replayed(given.seeds, given.seconds)
-    claims = [*judged(rows), *(claim for name in POLICIES for claim in cost(name))]
+    table_of_incidents = incidents.confusion(given.incidents)
+    claims = [*judged(rows), *told_apart(table_of_incidents), *(claim for name in POLICIES for claim in cost(name))]
     write(
         "policy",
         claims,
-        extra={"rows": [asdict(replace(row, result=replace(row.result, timeline=()))) for row in rows]},
+        extra={
+            "incidents": [asdict(found) for found in table_of_incidents],
+            "rows": [asdict(replace(row, result=replace(row.result, timeline=()))) for row in rows],
+        },
     )
     console = Console(width=200)
     table(rows, console)

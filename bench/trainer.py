@@ -18,7 +18,7 @@ from bench.report import Claim, at_least, at_most
 from tided.draft import checkpoint
 from tided.draft.eagle3 import Eagle3
 from tided.model.records import Recipe
-from tided.training.data import Run, equal_packs, read_runs
+from tided.training.data import Run, equal_pieces, pack, read_runs
 from tided.training.loop import pack_loss
 from tided.training.losses import CandidateSampler, Frozen
 from tided.training.optimizer import Optimizer
@@ -51,16 +51,17 @@ def _speed(model_dir: Path, fresh: Sequence[str]) -> list[Claim]:
         sampler = CandidateSampler(runs, frozen, options.negatives)
         rows = _count_rows(draft)
         tokens, began = 0, 0.0
-        for step, pack in enumerate(equal_packs(runs, options.batch_tokens)):
+        for step, pieces in enumerate(equal_pieces(runs, options.batch_tokens, options.pack_rows)):
             if step == WARM_UP:
                 tokens, began = 0, time.perf_counter()
             if step == WARM_UP + STEPS:
                 break
-            pack_loss(draft, pack, frozen, sampler.draw(), options).backward()
+            packed = pack(pieces)
+            pack_loss(draft, packed, frozen, sampler.draw(step), options).backward()
             optimizer.step(0.5)
-            tokens += pack.tokens
+            tokens += packed.tokens
             if not repeat:
-                real += len(pack.positions) + pack.tokens
+                real += len(packed.positions) + packed.tokens
         rates.append(tokens / (time.perf_counter() - began))
         if not repeat:
             computed = rows["fc"] + rows["first pass"]

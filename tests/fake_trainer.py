@@ -51,6 +51,17 @@ def main() -> None:
         Path(out, "child").write_text(str(child.pid))
         say({"fraction": 0.5, "note": "hanging"})
         time.sleep(600)
+    elif act == "resume":  # goes on from a checkpoint; without one, leaves one and ends, or hangs
+        checkpoint = Path(out, "checkpoint.safetensors")
+        if checkpoint.exists():
+            say({"result": {"staged": out, "metrics": {"steps": float(checkpoint.read_text())}}})
+            return
+        checkpoint.write_text("17")
+        say({"fraction": 0.5, "note": "checkpoint written"})
+        if options["then"] == "fail":
+            say({"error": "no memory", "retryable": True})
+            sys.exit(3)
+        time.sleep(600)
     elif act == "wait":  # until the test makes the file
         gate = Path(options["gate"])
         while not gate.exists():

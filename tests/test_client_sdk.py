@@ -44,7 +44,7 @@ def stack(**more: Any) -> Stack:
 
 def one_request(producer: Producer, name: str = "r", rows: int = 3) -> None:
     states = np.full((rows, 3, 4), 7, dtype=np.float32)
-    producer.begin(name, [1, 2], temperature=0.7)
+    producer.begin(name, [1, 2], temperature=0.7, cached_tokens=1)
     producer.record(name, 0, [1, 2], states[:2])
     for position in range(2, rows):
         gamma = producer.gamma(1)
@@ -84,6 +84,7 @@ async def test_what_a_stack_tells_arrives(valkey: Valkey) -> None:
     (told,) = [item for report in reports for item in report.requests]
     assert (told.prompt_tokens, told.output_tokens, told.spec_steps, told.drafted, told.accepted) == (2, 5, 4, 8, 0)
     assert told.temperature == 0.7
+    assert told.cached_tokens == 1
     steps = [counts for report in reports for counts in report.steps]
     assert {(counts.batch, counts.gamma) for counts in steps} == {(1, 2)}
     assert sum(counts.accepted[0] for counts in steps) == 4

@@ -19,6 +19,7 @@ from tided import daemon
 from tided.api.access import Access
 from tided.api.routes import ENDPOINTS
 from tided.config import Config, load
+from tided.model.codec import to_plain
 from tided.model.ids import prompt_group
 from tided.model.records import (
     EngineInfo,
@@ -34,6 +35,7 @@ from tided.model.records import (
 from tided.replay.generate import KINDS
 from tided.store.jobs import JobStore
 from tided.store.workers import WorkerStore
+from tided.training.options import TrainOptions
 from tided.wire import keys
 from tided.wire.control import Command, Reply, SetSchedule, decode_command
 from tided.wire.samples import (
@@ -114,6 +116,15 @@ def test_links_resolve(page: Path) -> None:
     targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
     broken = [target for target in targets if not (page.parent / target.partition("#")[0]).exists()]
     assert broken == []
+
+
+def test_the_trainers_options_are_all_there_with_their_defaults() -> None:
+    page = Path("docs/training.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", page, re.MULTILINE))
+    assert {name: value.strip("`") for name, value in rows.items()} == {
+        name: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in to_plain(TrainOptions()).items()
+    }
 
 
 def test_every_decision_is_listed() -> None:

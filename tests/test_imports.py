@@ -1,5 +1,6 @@
 """What each program drags in: tided and tidectl no torch, the tap's side nothing beyond the base dependencies; layers hold."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -69,6 +70,27 @@ def test_the_base_installation_is_enough_inside_engines(tmp_path: Path) -> None:
         (site / package).symlink_to(Path(spec.origin).parent)
     packages = imported_by(python, IN_ENGINES)
     assert {name for name in packages if outside(name)} - {"tided", *BASE} == set()
+
+
+@pytest.mark.parametrize("package", ["training", "draft", "worker"])
+def test_training_names_no_vendor(package: str) -> None:
+    """It runs on whatever device torch has: `torch.accelerator` and `torch.get_device_module`, never one vendor's calls."""
+    found = [
+        f"{path.name}: {name}"
+        for path in sorted((Path(tided.model.__file__).parents[1] / package).glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in vendor_names(node)
+    ]
+    assert not found
+
+
+def vendor_names(node: ast.AST) -> set[str]:
+    match node:
+        case ast.Attribute(attr=name) | ast.alias(name=name) | ast.Constant(value=str(name)):
+            # Docstrings, help texts and names of environment variables are prose; a device's name is one word.
+            return {"cuda", "nccl", "hip", "rocm", "mps", "xpu"}.intersection(name.split(".") if name.islower() else ())
+        case _:
+            return set()
 
 
 def outside(package: str) -> bool:

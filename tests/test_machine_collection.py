@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tided.machine.collection import (
+    HOUR_MS,
+    PLATEAU,
     AnnounceDrift,
     Collection,
     CollectionEvent,
@@ -24,6 +26,7 @@ from tided.machine.collection import (
     TrainingRequested,
     TrendJudged,
     capture_wanted,
+    over_budget,
     step,
     validate_state,
 )
@@ -163,6 +166,50 @@ def test_a_failed_job_costs_a_cool_down_and_no_more() -> None:
     assert actions == (StartTraining(Recipe.DRIFT, state.since_ms),)
 
 
+def ended(state: Collection, gain: float, rules: CollectionRules) -> Collection:
+    training = replace(state, phase=T, trainings=state.trainings + 1, drifts_seen=state.drifts, job="job-1")
+    return step(training, TrainingEnded(NOW, Outcome.DEPLOYED, gain), rules)[0]
+
+
+def test_drafts_that_are_hardly_better_end_collection_until_drift() -> None:
+    rules = replace(RULES, plateau_gain=0.02)
+    once = ended(LATER, 0.01, rules)
+    assert once.phase is C
+    assert ended(once, 0.03, rules).phase is C
+    twice = ended(once, 0.015, rules)
+    assert (twice.phase, twice.gains) == (X, (0.01, 0.015))
+    assert not capture_wanted(twice, rules)
+    assert ended(once, 0.015, RULES).phase is C, "switched off"
+    drifting, _ = step(twice, TrendJudged(NOW, LOW), rules)
+    assert (drifting.phase, drifting.gains) == (C, ())
+    # A drift in the middle of the training is still to be answered.
+    during = replace(once, phase=T, trainings=3, drifts=1, job="job-1")
+    assert step(during, TrainingEnded(NOW, Outcome.DEPLOYED, 0.0), rules)[0].phase is C
+
+
+def test_no_more_jobs_begin_in_an_hour_than_the_budget_has() -> None:
+    rules = replace(RULES, jobs_per_hour=2)
+    spent = replace(FULL, spent=((NOW - HOUR_MS, 5), (NOW - 10, 5)))
+    assert over_budget(spent, NOW, rules) == ""
+    full = replace(spent, spent=((NOW - HOUR_MS + 1, 5), (NOW - 10, 5)))
+    assert "training.jobs_per_hour" in over_budget(full, NOW, rules)
+    assert step(full, RowsStored(NOW, 100), rules) == (full, ())
+    assert step(full, TimePassed(NOW + 1), rules)[0].phase is T
+    assert step(full, TrainingRequested(NOW), rules)[0].phase is T, "an operator may"
+
+
+def test_worker_time_within_an_hour_keeps_to_the_budget_though_a_job_takes_as_long_as_it_may() -> None:
+    rules = replace(RULES, worker_ms_per_hour=100, job_ms=60)
+    training, _ = step(FULL, RowsStored(NOW, 100), rules)
+    after, _ = step(training, TrainingEnded(NOW + 40, Outcome.UNDECIDED, worker_ms=40), rules)
+    assert after.spent == ((NOW, 40),)
+    later = NOW + 40 + RULES.cool_down_ms
+    assert step(after, TimePassed(later), rules)[0].phase is T
+    dear = replace(after, spent=((NOW, 41),))
+    assert "training.worker_s_per_hour" in over_budget(dear, later, rules)
+    assert step(dear, TimePassed(later), rules) == (dear, ())
+
+
 def test_capture_is_wanted_only_while_it_may_be_used() -> None:
     assert capture_wanted(COLD, RULES)
     assert capture_wanted(replace(TRAINING, rows=299), RULES)
@@ -187,22 +234,28 @@ def test_impossible_states_are_recognised(broken: Collection) -> None:
 
 
 class AnyHistory(RuleBasedStateMachine):
-    """One training at a time, never inside a cool-down or on too few rows unless an operator asks, and never stuck."""
+    """One training at a time, never inside a cool-down, on too few rows or over budget unless an operator asks, and never stuck."""
+
+    bounds = replace(RULES, jobs_per_hour=3, worker_ms_per_hour=10_000, job_ms=4_000, plateau_gain=0.02)
 
     def __init__(self) -> None:
         super().__init__()
+        self.began = list[list[int]]()  # of each training: when, and what it may take, or took
         self.now_ms = NOW
         self.state = Collection()
         self.training = False
 
     def happen(self, event: CollectionEvent) -> None:
         before = self.state
-        self.state, actions = step(before, event, RULES)
+        self.state, actions = step(before, event, self.bounds)
         for action in actions:
             if isinstance(action, StartTraining):
                 assert not self.training
                 self.training = True
                 asked = isinstance(event, TrainingRequested)
+                self.began.append([self.now_ms, self.bounds.job_ms])
+                hour = [took for at, took in self.began if self.now_ms - at < HOUR_MS]
+                assert asked or (len(hour) <= 3 and sum(hour) <= self.bounds.worker_ms_per_hour)
                 assert asked or (self.state.rows >= RULES.min_rows and self.now_ms >= before.not_before_ms)
                 assert self.state.rows > 0
 
@@ -222,16 +275,18 @@ class AnyHistory(RuleBasedStateMachine):
     def submitted(self) -> None:
         self.happen(JobSubmitted(self.now_ms, "job-1"))
 
-    @rule(outcome=st.sampled_from(Outcome))
-    def ended(self, outcome: Outcome) -> None:
-        self.happen(TrainingEnded(self.now_ms, outcome))
+    @rule(outcome=st.sampled_from(Outcome), gain=st.sampled_from([0.001, 0.5]), took_ms=st.integers(0, 4_000))
+    def ended(self, outcome: Outcome, gain: float = 0.5, took_ms: int = 0) -> None:
+        if self.training:
+            self.began[-1][1] = took_ms
+        self.happen(TrainingEnded(self.now_ms, outcome, gain, took_ms))
         self.training = False
 
     @rule(drifts=st.integers(0, 5))
     def answered(self, drifts: int) -> None:
         self.happen(DriftAnswered(self.now_ms, drifts))
 
-    @rule(ms=st.sampled_from([1, 999, 5_000]))
+    @rule(ms=st.sampled_from([1, 999, 5_000, HOUR_MS // 3]))
     def time_passes(self, ms: int) -> None:
         self.now_ms += ms
         self.happen(TimePassed(self.now_ms))
@@ -241,14 +296,15 @@ class AnyHistory(RuleBasedStateMachine):
         validate_state(self.state)
         assert self.training == (self.state.phase is T)
         if self.state.phase is C and self.state.rows < RULES.max_rows:
-            assert capture_wanted(self.state, RULES)
+            assert capture_wanted(self.state, self.bounds)
+        assert len(self.state.gains) <= PLATEAU
 
     def teardown(self) -> None:
         """From wherever it is, a new drift and enough rows lead to a training."""
         self.ended(Outcome.UNDECIDED)
         self.judged(set())
         self.judged({"a"})
-        self.time_passes(5_000)
+        self.time_passes(HOUR_MS)
         self.stored(100)
         assert self.state.phase is T
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tided.machine.verification import (
     Announce,
     Connected,
+    Doubted,
     DraftServed,
     Listened,
     Probed,
@@ -149,6 +150,7 @@ _EVENTS = st.one_of(
     st.builds(ProbeFailed, _TIMES, st.integers(0, 3), st.just("no")),
     st.builds(DraftServed, _TIMES, st.sampled_from(("v0", "v1"))),
     st.builds(Listened, _TIMES, _CHECKS),
+    st.builds(Doubted, _TIMES, _TIMES),
     st.builds(TimePassed, _TIMES),
 )
 
@@ -165,3 +167,36 @@ def test_nothing_is_verified_but_by_good_probes_with_a_reference(events: list[Ve
             assert before.phase is VerificationPhase.PROBING
             assert before.referenced
             assert not why
+
+
+def test_a_fall_of_acceptance_puts_what_was_passed_in_question() -> None:
+    verified = after(ReferenceFound(5), Probed(9, 1, GOOD, "v"))
+    assert step(verified, Doubted(50, 9), RULES)[0] == verified, "it was probed since"
+    doubted, told = step(verified, Doubted(50, 40), RULES)
+    validate_state(doubted)
+    assert (where(doubted), doubted.attempt, doubted.started_ms, doubted.doubted, told) == (
+        ("verified", "probing"),
+        2,
+        40,
+        True,
+        (),
+    )
+    good, _ = step(doubted, Probed(60, 2, GOOD, "v"), RULES)
+    assert (where(good), good.doubted) == (("verified", "done"), False)
+    assert step(good, Doubted(61, 40), RULES)[0] == good, "once for each fall"
+    bad, told = step(doubted, Probed(60, 2, BAD, "v"), RULES)
+    assert (where(bad), [item.kind for item in told]) == (("mismatch", "done"), ["engine-mismatch"])
+    for event in (ProbeFailed(60, 2, "no answer"), TimePassed(10**6)):
+        kept, _ = step(doubted, event, RULES)
+        validate_state(kept)
+        assert (where(kept), kept.doubted) == (("verified", "done"), False)
+
+
+def test_without_a_reference_probes_cannot_tell_what_fell() -> None:
+    for state in (
+        after(ReferenceFailed(5, "no"), Probed(9, 1, GOOD, "v")),
+        after(ReferenceFound(5)),
+        after(ReferenceFound(5), Probed(9, 1, BAD)),
+        step(None, replace(CONNECTED, hindrance="no URL"), RULES)[0],
+    ):
+        assert step(state, Doubted(500, 400), RULES)[0] == state

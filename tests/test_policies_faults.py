@@ -1,10 +1,13 @@
 """Served against scored acceptance: what is a fault and what is noise, on simulated traffic; classes, windows, estimators."""
 
 import random
+from collections import deque
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tided.model.records import RequestStats, SamplingScore
 from tided.policies.faults import (
@@ -149,6 +152,25 @@ def test_accepted_tokens_between_whole_gammas() -> None:
     assert [accepted_at((0.5, 0.4), gamma) for gamma in (0.0, 0.5, 1.0, 1.5, 2.0, 3.5)] == pytest.approx(
         [0.0, 0.25, 0.5, 0.6, 0.7, 0.7]
     )
+
+
+@given(st.randoms(use_true_random=False))
+def test_the_order_of_requests_within_the_window_makes_no_difference(shuffled: random.Random) -> None:
+    draw = random.Random(5)
+    found, even = served(draw, 0.4, 60), score(draw, 0.55)
+    expected = compare(found, even)
+    requests = list(found.requests)
+    shuffled.shuffle(requests)
+    again = compare(ServedClass(deque(requests)), even)
+    assert (again.verdict, again.requests) == (expected.verdict, expected.requests)
+    assert (again.served, again.error) == (pytest.approx(expected.served), pytest.approx(expected.error))
+
+
+def test_only_requests_since_then_are_judged() -> None:
+    found = served(random.Random(6), 0.5, 60)
+    assert [at_ms for at_ms, _ in found.since(40).requests] == list(range(40, 60))
+    assert not found.since(40).enough
+    assert found.since(0).enough
 
 
 def test_ratio() -> None:

@@ -93,6 +93,7 @@ INFO = EngineInfo(
     epoch=AT_MS,
     profile=LatencyProfile((1, 8), (0.02, 0.03), (1,), (0.002,)),
     pid=4711,
+    build="mine 1.0",
 )
 OBSERVATION = Observation(
     engine="local",
@@ -103,7 +104,7 @@ OBSERVATION = Observation(
     running=2,
     waiting=0,
     steps=(StepCounts(2, 3, 10, 0.25, (9, 6, 3, 2)),),
-    requests=(RequestStats(2, 25, 10, 30, 14, VERSION, 0.75),),
+    requests=(RequestStats(2, 25, 10, 30, 14, VERSION, 0.75, 1),),
     tap=TOTALS,
 )
 BODIES = {

@@ -29,7 +29,7 @@ from tided.store.samples import SampleStore, Split
 pytestmark = pytest.mark.real
 
 
-def configure(root: Path, target: Path) -> tuple[Path, Config]:
+def configure(root: Path, target: Path, **more: dict[str, Any]) -> tuple[Path, Config]:
     path = root / "config.toml"
     sections: dict[str, dict[str, Any]] = {
         "daemon": {"state_dir": str(root / "s"), "cycle_s": 0.2, "lease_ttl_s": 30.0},
@@ -38,7 +38,7 @@ def configure(root: Path, target: Path) -> tuple[Path, Config]:
         "self_test": {"probe_timeout_s": 300.0, "reference_wait_s": 600.0},
         "training": {"draft_vocab": 64},
     }
-    return path, write_config(path, sections)
+    return path, write_config(path, sections | more)
 
 
 async def judged(client: Client) -> EngineStatus | None:
@@ -125,6 +125,35 @@ async def test_a_draft_whose_vocabulary_map_is_not_applied_fails_closed(tmp_path
     assert verdict.state is VerificationState.MISMATCH
     assert [check.name for check in verdict.checks if check.outcome is CheckOutcome.FAILED] == [acceptance.NAME]
     assert "the vocabulary map is not applied" in verdict.reason
+
+
+async def test_a_swap_that_is_half_applied_fails_closed(tmp_path: Path) -> None:
+    """The engine reports the new version, with its checksum: only what it accepts shows that the old body serves under the new head."""
+    spec, staged, _ = await asyncio.to_thread(train_draft, tmp_path, 2)
+    target = Path(spec.target_dir)
+    path, config = configure(tmp_path, target, deployment={"watch_s": 0.5})
+    store, info = DraftStore(config.drafts_dir), describe(target)
+    draft = store.add(Path(staged), lineage="tiny", parent="", origin=DraftOrigin.IMPORTED, target=info, now_ms=1)
+    client = Client(config.daemon.socket_path, timeout_s=60)
+
+    async def found(state: VerificationState) -> EngineStatus | None:
+        engines = (await asyncio.to_thread(client.status)).engines
+        verdict = engines[0].verification if engines else None
+        return engines[0] if verdict is not None and verdict.state is state else None
+
+    async with LocalStack(tmp_path / "logs") as stack:
+        for service in services(path, config):
+            faulty = replace(service, module="tests.half_swap_engine") if service.name == "engine" else service
+            await stack.start(faulty)
+        await eventually(lambda: found(VerificationState.VERIFIED), timeout_s=300, poll_s=0.2)
+        await asyncio.to_thread(client.post, f"/v1/drafts/{draft.version}/deploy", {"engine": "local"})
+        engine = await eventually(lambda: found(VerificationState.MISMATCH), timeout_s=300, poll_s=0.2)
+        events = await asyncio.to_thread(client.events, "0", 1000)
+    assert engine.verification is not None
+    assert engine.info.version == draft.version
+    assert "the swap was half applied" in engine.verification.reason
+    assert {"training-started", "drift-detected"}.isdisjoint(item.kind for item in events)
+    assert [item.kind for item in events if item.kind.startswith("engine-")] == ["engine-verified", "engine-mismatch"]
 
 
 async def metrics(client: Client) -> str:

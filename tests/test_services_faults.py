@@ -11,10 +11,20 @@ from tests.conftest import Valkey
 from tests.control import Control, leading, settings, store_samples
 from tests.engine_double import EngineDouble, describe_double, running_double
 from tests.support import eventually
-from tided.model.records import Capability, Evaluation, Job, JobKind, JobResult, JobState, SamplingScore
+from tided.model.records import (
+    Capability,
+    Evaluation,
+    Job,
+    JobKind,
+    JobResult,
+    JobState,
+    SamplingScore,
+    SpeculationMode,
+)
 from tided.policies.faults import WINDOW, Comparison, Verdict
 from tided.policies.speedup import expected_length
-from tided.services.faults import SCORED_TOKENS, describe
+from tided.policies.suspicion import TOKENS, Suspicion, cause
+from tided.services.faults import AGAIN_MS, STATE, describe
 from tided.services.monitor import EngineView
 
 pytestmark = pytest.mark.real
@@ -42,8 +52,11 @@ class Scene:
         store_samples(self.control.context.config, self.target, ENGINE, train, held_out, created_ms)
 
     def switch_off(self) -> None:
+        self.training(fault_check_s=0.0)
+
+    def training(self, **changed: float) -> None:
         config = self.control.context.config
-        training = config.training.model_copy(update={"fault_check_s": 0.0})
+        training = config.training.model_copy(update=changed)
         self.control.context.config = config.model_copy(update={"training": training})
 
     async def captures(self) -> bool:
@@ -60,11 +73,11 @@ class Scene:
         await self.engine.report(alpha=alpha, requests=requests, temperature=temperature, at_ms=at_ms)
         await self.control.cycle()
 
-    async def served_now(self, alpha: float) -> None:
+    async def served_now(self, alpha: float, requests: int = WINDOW) -> None:
         """After what was asked so far, with samples of it."""
         now_ms = await self.control.context.now_ms() + 1
-        self.samples(train=1, created_ms=now_ms)
-        await self.served(alpha, at_ms=now_ms)
+        self.samples(train=1, created_ms=now_ms + 1)
+        await self.served(alpha, requests, at_ms=now_ms)
 
     async def judge(self, **alphas: float) -> None:
         """The score that is asked for next says so, by temperature ("t07")."""
@@ -95,7 +108,8 @@ def score(temperature: float, alpha: float, likeliest: float = 0.0) -> SamplingS
 async def scene(valkey: Valkey, tmp_path: Path, target: Path, first: Path) -> AsyncIterator[Scene]:
     training: dict[str, object] = {"min_rows": 400, "fault_check_s": 0.001}
     async with AsyncExitStack() as stack:
-        control = await stack.enter_async_context(leading(valkey, settings(tmp_path, target, training=training)))
+        config = settings(tmp_path, target, training=training, samples={"shard_age_s": 0.001})
+        control = await stack.enter_async_context(leading(valkey, config))
         engine = await stack.enter_async_context(running_double(valkey, describe_double(target, first)))
         scene = Scene(control, engine, target)
         await eventually(scene.captures)
@@ -103,7 +117,7 @@ async def scene(valkey: Valkey, tmp_path: Path, target: Path, first: Path) -> As
 
 
 async def test_a_fault_is_told_once_stays_a_warning_and_trains_nothing(scene: Scene) -> None:
-    scene.samples()  # as many rows as a training needs
+    scene.samples(train=1)
     await scene.served(0.6, temperature=0.0)
     await scene.judge(t00=0.6)
     assert await scene.warnings() == []
@@ -121,6 +135,7 @@ async def test_a_fault_is_told_once_stays_a_warning_and_trains_nothing(scene: Sc
     await scene.served_now(0.25)
     await scene.judge(t00=0.6, t07=0.6)
     assert len(await scene.control.events("engine-fault-suspected")) == 1
+    scene.samples(created_ms=NOW_MS + 2000)  # as many rows as a training needs
 
     async def rich() -> bool:
         await scene.control.cycle()
@@ -168,14 +183,16 @@ async def test_the_score_is_of_what_serves_on_what_was_served_meanwhile(scene: S
     await scene.served(0.5)
     await scene.served(0.5, requests=3, temperature=0.3)
     await scene.control.cycle()
-    assert await scene.scores() == []  # what is held out is older than any of these requests
+    assert await scene.scores() == []  # what is stored is older than any of these requests
     scene.samples(created_ms=NOW_MS + 2000)
     await scene.control.cycle()
     (job,) = await scene.scores()
     spec = job.spec
     assert spec.draft == scene.engine.info.version
-    assert [Path(path).name for path in spec.held_out] == [f"held-out-{NOW_MS + 2000}.safetensors"]
-    assert (spec.gamma, spec.options) == (4, {"held_out_tokens": SCORED_TOKENS})
+    assert {Path(path).name for path in spec.held_out} == {
+        f"{s}-{NOW_MS + 2000}.safetensors" for s in ("held-out", "train")
+    }
+    assert (spec.gamma, spec.options) == (4, {"held_out_tokens": TOKENS})
     assert [temperature for temperature, _ in spec.mix] == [0.3, 0.7]
     assert sum(share for _, share in spec.mix) == pytest.approx(1.0)
     assert spec.mix[0][1] < 0.05
@@ -263,11 +280,110 @@ async def test_whoever_switches_the_check_off_is_heard(scene: Scene) -> None:
 
 
 def test_what_to_look_at_is_named() -> None:
-    def told(kind: str, temperature: float, served: float, likeliest: float) -> str:
-        return describe(kind, Comparison(temperature, served, 2.2, likeliest, 0.02, 99, 20, Verdict.FAULT))
+    def told(kind: str, temperature: float, served: float, *sound: float) -> str:
+        found = Comparison(temperature, served, 2.2, 1.81, 0.02, 99, 20, Verdict.FAULT)
+        return describe(kind, found, cause(found, Suspicion(suspected=(found,), sound=sound)))
 
-    assert '"draft_sample_method": "probabilistic"' in told("vllm", 0.7, 1.8, 1.81)
-    assert "drafts its likeliest token" in told("redis", 0.7, 1.8, 1.81)
-    assert "TIDED_MEND_SAMPLING" in told("vllm", 0.7, 1.3, 1.9)
-    assert "draft_sample_method" not in told("vllm", 0.7, 1.3, 1.9)
-    assert "layer ids" in told("vllm", 0.0, 1.3, 2.2)
+    assert '"draft_sample_method": "probabilistic"' in told("vllm", 0.7, 1.8, 0.0)
+    assert "drafts its likeliest token" in told("redis", 0.7, 1.8, 0.0)
+    assert "TIDED_MEND_SAMPLING" in told("vllm", 0.7, 1.3, 0.0)
+    assert "draft_sample_method" not in told("vllm", 0.7, 1.3, 0.0)
+    assert "layer ids" not in told("vllm", 0.7, 1.3, 0.0)
+    assert "layer ids" in told("vllm", 0.0, 1.3)
+    # Nobody knows whether greedy requests are served well.
+    assert "layer ids" in told("vllm", 0.7, 1.3)
+    assert "verifies sampled requests" in told("vllm", 0.7, 1.3)
+
+
+async def drifting(scene: Scene, alpha: float) -> None:
+    """Steady at first, scored as it serves; then lower, with new samples."""
+    scene.samples(train=1)
+    await scene.served(0.6)
+    await scene.judge(t07=0.6)
+    now_ms = await scene.control.context.now_ms() + 1
+    await scene.served(alpha, 8, at_ms=now_ms)
+    assert scene.view.trend.drifting
+    scene.samples(created_ms=now_ms + 1)
+    await scene.served(alpha, 40, at_ms=now_ms)
+
+
+async def test_a_fall_is_no_drift_and_trains_nothing_before_a_score_has_said_so(scene: Scene) -> None:
+    await drifting(scene, 0.3)
+    await scene.control.cycle()
+    assert await scene.control.events("drift-detected", "training-started") == []
+    [status] = await scene.control.plane.engines()
+    assert f"not training until a score says why the acceptance of {ENGINE} has fallen" in status.training.reason
+    [explained] = await scene.control.plane.explain(None)
+    assert explained.training == status.training.reason
+    assert scene.view.info.capturing
+    await scene.judge(t07=0.3)
+    assert await scene.control.events("engine-fault-suspected") == []
+
+    async def trains() -> bool:
+        await scene.control.cycle()
+        return JobKind.TRAIN in {job.spec.kind for job in await scene.control.context.jobs.list()}
+
+    await eventually(trains)
+    assert len(await scene.control.events("drift-detected")) == 1
+
+
+async def test_a_fall_that_the_score_does_not_have_is_a_fault_and_no_drift(scene: Scene) -> None:
+    await drifting(scene, 0.25)
+    await scene.judge(t07=0.6)
+    (event,) = await scene.control.events("engine-fault-suspected")
+    assert {part["by"] for part in event.data["slices"]} >= {"position"}
+    assert await scene.control.events("drift-detected", "training-started") == []
+
+
+async def test_the_score_that_explains_a_fall_does_not_wait_for_the_next_check(scene: Scene) -> None:
+    scene.samples(train=1)
+    await scene.served(0.6)
+    await scene.judge(t07=0.6)
+    scene.training(fault_check_s=3600.0)
+    await scene.served_now(0.6)
+    count = len(await scene.scores())
+    context = scene.control.context
+    state = await scene.control.controller.faults.current(ENGINE)
+    earlier = replace(state, asked_ms=state.asked_ms - AGAIN_MS)
+    await context.state.put(STATE, ENGINE, earlier, context.leadership.require())
+    await scene.control.cycle()
+    assert len(await scene.scores()) == count
+    await scene.served_now(0.25, 40)
+    await scene.control.cycle()
+    assert len(await scene.scores()) == count + 1
+
+
+async def test_an_engine_of_which_too_little_is_drafted_drafts_until_it_is_known_why(scene: Scene) -> None:
+    await drifting(scene, 0.25)
+    faults, context = scene.control.controller.faults, scene.control.context
+    state = replace(await faults.current(ENGINE), held=True)
+    assert state.questioned
+    scene.training(fault_check_s=3600.0)
+    await context.state.put(STATE, ENGINE, state, context.leadership.require())
+
+    async def drafts() -> bool:
+        await scene.control.cycle()
+        return min(scene.view.info.gammas) >= 1
+
+    await eventually(drafts)
+    await scene.control.plane.set_policy(SpeculationMode.OFF, 0, "test")
+
+    async def obeys() -> bool:
+        await scene.control.cycle()
+        return not any(scene.view.info.gammas)
+
+    await eventually(obeys)
+
+
+async def test_a_missing_worker_keeps_training_waiting_no_longer_than_configured(scene: Scene) -> None:
+    scene.training(fault_wait_s=0.5)
+    await drifting(scene, 0.3)
+
+    async def trains() -> bool:
+        await scene.control.cycle()
+        return JobKind.TRAIN in {job.spec.kind for job in await scene.control.context.jobs.list()}
+
+    await eventually(trains)
+    (told,) = await scene.control.events("acceptance-unexplained")
+    assert "taken for drift" in told.message
+    assert await scene.control.events("drift-detected")

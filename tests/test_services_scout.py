@@ -27,6 +27,8 @@ from tided.model.records import (
     SpeculationMode,
 )
 from tided.policies.domains import Domain, Domains
+from tided.policies.faults import Comparison, Verdict
+from tided.policies.suspicion import Suspicion
 from tided.services import dispatcher, scout
 from tided.services.pools import POOLED, Head
 from tided.services.scout import Cause, Scouting, Stage, choose
@@ -253,8 +255,8 @@ async def test_it_waits_for_enough_requests_and_captures_meanwhile(scene: Scene)
 
 
 async def test_while_a_fault_is_suspected_nothing_is_scored(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def suspected(*_: object) -> str:
-        return "a fault"
+    async def suspected(*_: object) -> Suspicion:
+        return Suspicion(suspected=(Comparison(0.0, 1.1, 2.0, 2.0, 0.05, 40, 20, Verdict.FAULT),))
 
     monkeypatch.setattr(scene.control.controller.faults, "reconcile", suspected)
     await scene.drift()

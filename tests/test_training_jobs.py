@@ -2,12 +2,15 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -23,8 +26,10 @@ from tided.draft.target import describe
 from tided.model.codec import from_plain, to_plain
 from tided.model.errors import Refused
 from tided.model.records import Candidate, JobKind, JobResult, JobSpec, Progress, Recipe
+from tided.training import batches
 from tided.training.__main__ import EXIT_REFUSED, main
-from tided.training.data import mix, read_runs, read_shard, split_validation
+from tided.training.data import Run, mix, read_runs, read_shard, split_prompts
+from tided.training.loop import Objective
 from tided.training.options import options_for
 from tided.training.trainer import drawn
 
@@ -83,6 +88,54 @@ def test_train(spec: JobSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert checkpoint.vocab_id_of(Path(result.staged)) == checkpoint.vocab_id_of(Path(spec.draft_dir))
     assert result.trained_tokens > 0
     assert result.metrics["validation_best"] >= 1
+
+
+def test_alone_on_a_directory_of_shards(spec: JobSpec, tmp_path: Path) -> None:
+    """The command of docs/training.md: a few paths in; a draft, a report and a picture out."""
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    job = json.loads(page.partition("```json job\n")[2].partition("```")[0])
+    shards = [str(Path(spec.shards[0]).parent)]
+    job |= {"target_dir": spec.target_dir, "draft_dir": spec.draft_dir, "shards": shards}
+    job["options"] |= {"batch_tokens": 32, "passes": 2, "held_out_share": 0.3}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "tided.training", "train", "job.json", "--out", "out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = result_of([json.loads(line) for line in done.stdout.splitlines()])
+    assert checkpoint.verify(tmp_path / "out" / "draft") == result.version
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert from_plain(JobResult, report["result"]) == result
+    assert len(report["losses"]) == result.metrics["steps"] > 0
+    assert result.candidate is not None
+    assert 0 < len(result.candidate.groups) < 16
+    texts = [element.text or "" for element in ElementTree.parse(tmp_path / "out" / "report.svg").iter()]
+    assert f"new: length {result.candidate.length:.2f}" in texts
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["draft", "report.json", "report.svg"]
+
+
+def test_what_is_held_out_is_not_trained_on(
+    spec: JobSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the same prompts come again as replay."""
+    seen: set[str] = set()
+    mixed = batches.mix
+
+    def noted(fresh: Sequence[Run], replay: Sequence[Run], share: float, rng: random.Random) -> list[Run]:
+        seen.update(run.group.hex() for run in [*fresh, *replay])
+        return mixed(fresh, replay, share, rng)
+
+    monkeypatch.setattr(batches, "mix", noted)
+    job = replace(spec, held_out=(), replay=spec.shards, options=spec.options | {"held_out_share": 0.4})
+    status, lines = run(job, tmp_path, capsys)
+    assert status == 0
+    candidate = result_of(lines).candidate
+    assert candidate is not None
+    assert candidate.groups
+    assert seen
+    assert not seen & set(candidate.groups)
 
 
 def test_adapted_vocabulary(spec: JobSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,6 +258,8 @@ def test_errors_are_one_line(spec: JobSpec, tmp_path: Path, capsys: pytest.Captu
     assert "batch_tokens" in refused(replace(spec, options={"batch_tokens": "many"}), tmp_path, capsys)
     assert "no such file" in refused(replace(spec, draft_dir=str(tmp_path / "none")), tmp_path, capsys)
     assert "no such file" in refused(replace(spec, shards=(str(tmp_path / "none"),)), tmp_path, capsys)
+    assert "without shards" in refused(replace(spec, shards=(str(fresh(tmp_path / "empty")),)), tmp_path, capsys)
+    assert "pack_rows" in refused(replace(spec, options={"pack_rows": 100}), tmp_path, capsys)
     assert "nothing" in refused(replace(spec, shards=()), tmp_path, capsys).replace("no generated token", "nothing")
     assert "unknown field 'kinds'" in refused(to_plain(spec) | {"kinds": 1}, tmp_path, capsys)
     assert "token_ids" in refused(reference_job(spec, (VOCAB,)), tmp_path, capsys)
@@ -224,6 +279,16 @@ def test_shards_of_another_target_or_schema(spec: JobSpec, tmp_path: Path, capsy
     assert "schema '2' is unknown" in refused(replace(spec, held_out=(str(newer),)), tmp_path, capsys)
     beyond = write_shard(tmp_path / "beyond.safetensors", [replace(sample, ids=np.arange(8) + VOCAB)])
     assert "outside the target's vocabulary" in refused(replace(spec, shards=(str(beyond),)), tmp_path, capsys)
+
+
+def test_too_little_memory_is_said(
+    spec: JobSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+
+    monkeypatch.setattr(Objective, "forward", too_much)
+    assert "lower options.batch_tokens" in refused(spec, tmp_path, capsys)
 
 
 def test_divergence_is_said(spec: JobSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,10 +332,8 @@ def test_recipes() -> None:
 
 
 def test_validation_is_by_prompt_and_replay_is_a_share(spec: JobSpec) -> None:
-    import random
-
     runs = read_shard(Path(spec.shards[0]), HIDDEN)
-    training, validation = split_validation([*runs, *runs], 0.3)
+    training, validation = split_prompts([*runs, *runs], 0.3, b"validation")
     assert len(training) + len(validation) == 2 * len(runs)
     assert validation
     assert not {run.group for run in training} & {run.group for run in validation}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from tests.shards import Sample, greedy_samples, prompts, write_shard
 from tests.tiny import VOCAB, make_draft, make_target
 from tided.draft import checkpoint
 from tided.draft.eagle3 import Eagle3
-from tided.training.data import Pack, Piece, Run, equal_packs, pack, read_shard, whole_packs
+from tided.training import ttt
+from tided.training.data import Pack, Piece, Run, Span, equal_pieces, pack, read_shard, whole_packs
 from tided.training.evaluate import evaluate
 from tided.training.loop import pack_loss
 from tided.training.losses import CandidateSampler, Frozen, Labels, labels_of, step_loss
 from tided.training.options import Precision, TrainOptions
-from tided.training.ttt import Unroll
+from tided.training.ttt import Unroll, attend
 
 
 def whole(runs: Sequence[Run], skip: int = 0) -> Pack:
@@ -165,6 +167,23 @@ def test_packing_changes_no_figure(world: World) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+def test_attention_in_parts_is_attention(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few scores may be held at once: the memory of a score is bounded, not its result."""
+    whole_score = evaluate(world.draft, world.runs, world.frozen, 3, autocast=False)
+    rows = 0
+
+    def counted(q: Tensor, *rest: Any) -> Tensor:
+        nonlocal rows
+        spans: list[Span] = rest[-1]
+        rows = max(rows, *(span.queries.stop - span.queries.start for span in spans))
+        return attend(q, *rest)
+
+    monkeypatch.setattr(ttt, "attend", counted)
+    monkeypatch.setattr(ttt, "_MAX_SCORES", 300)
+    assert evaluate(world.draft, world.runs, world.frozen, 3, autocast=False) == whole_score
+    assert rows <= 300 // (6 * 9)
+
+
 def test_packs_hold_no_padding(world: World) -> None:
     packed = whole(world.runs)
     assert packed.tokens == sum(len(run.queries(0)) for run in world.runs)
@@ -174,7 +193,7 @@ def test_packs_hold_no_padding(world: World) -> None:
 def test_equal_packs_cut_runs_but_lose_no_query(world: World) -> None:
     """A cut run's second piece gives the same first pass as the whole run: its keys are all there."""
     whole_pre = Unroll(world.draft, whole(world.runs), world.frozen.embedding).pre
-    cut = list(equal_packs(world.runs, 16))
+    cut = [pack(pieces) for pieces in equal_pieces(world.runs, 16, 1000)]
     assert [packed.tokens for packed in cut[:-1]] == [16] * (len(cut) - 1)
     pre = torch.cat([Unroll(world.draft, packed, world.frozen.embedding).pre for packed in cut])
     torch.testing.assert_close(pre, whole_pre, rtol=1e-3, atol=1e-4)

@@ -241,6 +241,34 @@ async def test_a_killed_worker_takes_its_trainer_along_and_another_does_the_job(
     assert (done.worker, done.attempt) == ("w2", 2)
 
 
+@pytest.mark.parametrize("then", ["fail", "killed", "given-back"])
+async def test_the_next_attempt_goes_on_from_the_checkpoint(
+    start: Start, jobs: JobStore, tmp_path: Path, then: str
+) -> None:
+    """Also on another worker, whose directory lies beside the first one's; when the job is done no attempt but the last is left."""
+    first = start("w1", lease_s=SHORT_S, drain_s=0.0)
+    job = await jobs.submit(job_of(act="resume", then=then), epoch=1)
+    if then != "fail":
+        checkpoint = tmp_path / "w1" / job.id / "attempt-1" / "checkpoint.safetensors"
+        await eventually(lambda: checkpoint.exists() and checkpoint.read_text())
+        first.send_signal(signal.SIGKILL if then == "killed" else signal.SIGTERM)
+        start("w2")
+    done = await until(jobs, job.id, JobState.SUCCEEDED, reap=True)
+    assert done.attempt == 2
+    assert done.result is not None
+    assert done.result.metrics == {"steps": 17.0}
+    await eventually(lambda: [path.name for path in tmp_path.glob(f"*/{job.id}/attempt-*")] == ["attempt-2"])
+
+
+async def test_a_job_that_is_over_leaves_no_checkpoint(start: Start, jobs: JobStore, tmp_path: Path) -> None:
+    start()
+    job = await jobs.submit(job_of(act="resume", then="wait"), epoch=1)
+    await eventually(lambda: list(tmp_path.glob(f"w1/{job.id}/attempt-1/checkpoint.safetensors")))
+    await jobs.cancel(job.id, epoch=1)
+    await until(jobs, job.id, JobState.CANCELLED)
+    await eventually(lambda: not (tmp_path / "w1" / job.id).exists())
+
+
 async def test_a_worker_stopped_past_its_lease_commits_nothing(start: Start, jobs: JobStore, tmp_path: Path) -> None:
     first = start("w1", lease_s=SHORT_S)
     gate = tmp_path / "gate"

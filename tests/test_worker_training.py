@@ -14,7 +14,7 @@ from tests.conftest import Valkey
 from tests.shards import train_spec
 from tests.support import eventually
 from tided.draft import checkpoint
-from tided.model.records import Job, JobKind, JobSpec, JobState
+from tided.model.records import CHECKPOINT_FILE, Job, JobKind, JobSpec, JobState
 from tided.store.client import connect
 from tided.store.jobs import JobStore
 
@@ -52,6 +52,21 @@ async def ended(jobs: JobStore, job: Job) -> Job:
     return found
 
 
+def trainers(job: Job) -> list[int]:
+    """The processes that train for it."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            except OSError:
+                continue
+            if b"tided.training" in command and job.id.encode() in command and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
 async def test_train_score_and_a_clean_error(jobs: JobStore, spec: JobSpec, worker: subprocess.Popen[bytes]) -> None:
     trained = await ended(jobs, await jobs.submit(spec, epoch=1))
     assert trained.state is JobState.SUCCEEDED, trained.error
@@ -80,20 +95,7 @@ async def test_the_trainer_dies_with_a_worker_that_is_killed(
     long = replace(spec, budget_s=600.0, options={**spec.options, "passes": 10_000})
     job = await jobs.submit(long, epoch=1)
 
-    def trainers() -> list[int]:
-        found: list[int] = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    command = (entry / "cmdline").read_bytes()
-                    state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-                except OSError:
-                    continue
-                if b"tided.training" in command and job.id.encode() in command and state != "Z":
-                    found.append(int(entry.name))
-        return found
-
-    await eventually(trainers)
+    await eventually(lambda: trainers(job))
 
     async def at_work() -> bool:
         found = await jobs.get(job.id)
@@ -101,4 +103,28 @@ async def test_the_trainer_dies_with_a_worker_that_is_killed(
 
     await eventually(at_work)
     os.kill(worker.pid, signal.SIGKILL)
-    await eventually(lambda: trainers() == [])
+    await eventually(lambda: trainers(job) == [])
+
+
+async def test_a_killed_trainer_is_followed_by_one_that_goes_on(
+    jobs: JobStore, spec: JobSpec, worker: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    """kill -9 of the trainer, not of its worker: the job's next attempt begins at the checkpoint, and its draft is whole."""
+    options = spec.options | {
+        "passes": 40,
+        "batch_tokens": 16,
+        "checkpoint_interval_s": 0,
+        "validation_interval_s": 1e6,
+    }
+    job = await jobs.submit(replace(spec, budget_s=1e6, options=options), epoch=1)
+    checkpoints = f"{job.id}/attempt-1/{CHECKPOINT_FILE}"
+    await eventually(lambda: list(tmp_path.glob(checkpoints)), timeout_s=60)
+    for pid in trainers(job):
+        os.kill(pid, signal.SIGKILL)
+    done = await ended(jobs, job)
+    assert (done.state, done.attempt) == (JobState.SUCCEEDED, 2), done.error
+    assert done.result is not None
+    assert 0 < done.result.metrics["resumed_at"] < done.result.metrics["steps"]
+    assert checkpoint.verify(Path(done.result.staged)) == done.result.version
+    await eventually(lambda: not list(tmp_path.glob(f"{job.id}/attempt-1")))
+    assert not list(tmp_path.rglob(CHECKPOINT_FILE))

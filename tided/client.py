@@ -90,7 +90,7 @@ class Stack:
     `dtype` is that of the states: "bfloat16", "float16" or "float32". `last_hidden`: behind the aux layers' states each row has the
     last hidden state after the final norm. `gamma_max` above 0 says that the stack asks `Producer.gamma` before each step. `draft` is
     what it serves at first (`identify`), None for nothing. `swaps_vocabulary`: a draft with another vocabulary map may be swapped in.
-    `ring_slots`: chunks of about 1 MB that may wait in memory.
+    `ring_slots`: chunks of about 1 MB that may wait in memory. `build`: what it calls itself, with its version.
     """
 
     engine: str
@@ -105,6 +105,7 @@ class Stack:
     profile: LatencyProfile | None = None
     kind: str = "redis"
     url: str = ""
+    build: str = ""
     ring_slots: int = 16
     report_interval_s: float = 0.5
 
@@ -132,6 +133,7 @@ class _Steps:
 class _Request:
     prompt_tokens: int
     temperature: float | None
+    cached_tokens: int | None
     spec_steps: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -197,6 +199,7 @@ class _Engine:
             epoch=0,
             profile=self.profile,
             pid=os.getpid(),
+            build=stack.build,
         )
 
     def apply(self, body: Body) -> dict[str, Any]:
@@ -240,9 +243,9 @@ class _Engine:
 
     # --- the step loop ---
 
-    def begin(self, request: str, prompt_tokens: int, temperature: float | None) -> None:
+    def begin(self, request: str, prompt_tokens: int, temperature: float | None, cached_tokens: int | None) -> None:
         with self._lock:
-            self._requests[request] = _Request(prompt_tokens, temperature)
+            self._requests[request] = _Request(prompt_tokens, temperature, cached_tokens)
 
     def step(self, gamma: int, accepted: Mapping[str, int], seconds: float) -> None:
         if not accepted or not all(0 <= count <= gamma for count in accepted.values()):
@@ -268,7 +271,7 @@ class _Engine:
             if known is None:
                 return
             told = (known.prompt_tokens, output_tokens, known.spec_steps, known.drafted, known.accepted)
-            self._counts.finished.append(RequestStats(*told, self.version, known.temperature))
+            self._counts.finished.append(RequestStats(*told, self.version, known.temperature, known.cached_tokens))
             del self._counts.finished[:-MAX_FINISHED]
 
 
@@ -331,13 +334,20 @@ class Producer:
     # --- the step loop ---
 
     def begin(
-        self, request: str, prompt_ids: Sequence[int], *, private: bool = False, temperature: float | None = None
+        self,
+        request: str,
+        prompt_ids: Sequence[int],
+        *,
+        private: bool = False,
+        temperature: float | None = None,
+        cached_tokens: int | None = None,
     ) -> None:
         """A request begins, with its whole prompt (also what a prefix cache will serve). `private`: it is never captured.
 
         `temperature`: what its tokens are sampled at, 0.0 for greedy; None where more than that shapes what is sampled from.
+        `cached_tokens`: of the prompt, taken from a prefix cache; None when that is not known.
         """
-        self._engine.begin(request, len(prompt_ids), temperature)
+        self._engine.begin(request, len(prompt_ids), temperature, cached_tokens)
         self._tap.begin(request, prompt_ids, private)
 
     def record(self, request: str, position: int, ids: Sequence[int], states: "torch.Tensor | HostRows") -> None:

@@ -165,7 +165,10 @@ class SpeculationConfig(_Section):
 class TrainingConfig(_Section):
     """When to train (Algorithm 1) and with what.
 
-    `fault_check_s`: how often, at most, the served draft is scored to see whether the engine accepts what it could; 0 is never.
+    `fault_check_s`: how often, at most, the served draft is scored to see whether the engine accepts what it could, when nothing has
+    fallen; 0 is never. `fault_wait_s`: how long training waits for the score that explains a fall. `jobs_per_hour` and
+    `worker_s_per_hour` bound the trainings that begin of themselves, 0 is no bound; `plateau_gain`: after two drafts in a row that
+    gained less than this share, none begins until acceptance drifts; 0 is never.
     """
 
     enabled: bool = True
@@ -179,11 +182,17 @@ class TrainingConfig(_Section):
     max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
     draft_vocab: Annotated[int, Field(ge=64)] = 8192
     fault_check_s: Annotated[float, Field(ge=0)] = 300.0
+    fault_wait_s: Annotated[float, Field(ge=0)] = 120.0
+    jobs_per_hour: Annotated[int, Field(ge=0)] = 0
+    worker_s_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    plateau_gain: Annotated[float, Field(ge=0, lt=1)] = 0.01
 
     @model_validator(mode="after")
     def _check_windows(self) -> Self:
         if self.short_window >= self.long_window:
             raise ValueError("short_window must be below long_window")
+        if 0 < self.worker_s_per_hour < self.budget_s:
+            raise ValueError("worker_s_per_hour must be 0, or at least budget_s, or no training could ever begin")
         return self
 
 

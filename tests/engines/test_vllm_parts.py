@@ -274,6 +274,7 @@ class FakeScheduler:
             request_id=name,
             num_output_tokens=output_tokens,
             num_prompt_tokens=8,
+            prefill_stats=SimpleNamespace(num_prompt_tokens=8, num_cached_tokens=4) if name == "a" else None,
             is_finished=lambda: False,
             sampling_params=SimpleNamespace(temperature=0.7, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0),
         )
@@ -312,6 +313,7 @@ def test_counts_of_a_mixed_step() -> None:
     (stats,) = finished
     assert (stats.spec_steps, stats.drafted, stats.accepted, stats.version) == (1, 2, 2, "v")
     assert stats.temperature == 0.7
+    assert stats.cached_tokens == 4
     assert counts.take() == ((), ())
     assert scheduler.update_from_output("broken", output) == "updated"
     assert faults.total == 1

@@ -190,6 +190,36 @@ def drafts_init(
     _show_draft(answer, as_json)
 
 
+@drafts.command("import")
+def drafts_import(
+    source: Annotated[Path, typer.Argument(help="A draft as speculators, or a trainer for SGLang or vLLM, wrote it.")],
+    target_dir: Annotated[Path, typer.Argument(help="Checkpoint directory of the target model.")],
+    out: Annotated[Path, typer.Argument(help="Directory for the draft as tided, vLLM and SGLang load it.")],
+    as_json: Json = False,
+) -> None:
+    """Turn another trainer's draft into one of tided's, to train further or to boot on. Needs no running tided."""
+    from tided.ctl import render
+    from tided.draft.formats import import_draft
+
+    version = import_draft(source, target_dir, out)
+    render.plain({"version": version, "directory": str(out)}) if as_json else typer.echo(f"{out}: version {version}")
+
+
+@drafts.command("export")
+def drafts_export(
+    draft: Annotated[Path, typer.Argument(help="Directory of a draft.")],
+    target_dir: Annotated[Path, typer.Argument(help="Checkpoint directory of the target model.")],
+    out: Annotated[Path, typer.Argument(help="Directory for the draft as speculators reads it.")],
+    as_json: Json = False,
+) -> None:
+    """Write a draft in the format of speculators. vLLM and SGLang load it as it is. Needs no running tided."""
+    from tided.ctl import render
+    from tided.draft.formats import export_speculators
+
+    export_speculators(draft, target_dir.absolute(), out)
+    render.plain({"directory": str(out)}) if as_json else typer.echo(str(out))
+
+
 @drafts.command("list")
 def drafts_list(context: typer.Context, as_json: Json = False) -> None:
     """All stored versions."""

@@ -160,6 +160,8 @@ def explanations(items: Sequence[Explanation]) -> None:
         if most:
             console.print(speedups)
             _line(console, "", "predicted speedup over no speculation; * is chosen")
+        if item.training:
+            _line(console, "  training", item.training)
 
 
 def jobs(items: Sequence[Job]) -> None:

@@ -7,7 +7,10 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from tided.model.errors import Refused
@@ -100,6 +103,15 @@ def plain_temperature(params: Any) -> float | None:
         return 0.0
     narrowed = params.top_p < 1.0 or 0 < params.top_k < _ALL_TOKENS or params.min_p > 0.0
     return None if narrowed else float(params.temperature)
+
+
+@cache
+def build_of(name: str, *distributions: str) -> str:
+    """An engine's name and version, from whichever of its distributions is installed; "" if none is."""
+    for distribution in (name, *distributions):
+        with suppress(PackageNotFoundError):
+            return f"{name} {version(distribution)}"
+    return ""
 
 
 def switch(given: Mapping[str, str], name: str, *, default: str) -> bool:

@@ -2,9 +2,10 @@
 
 Collection starts on. At `min_rows` stored rows a training job begins, from the current draft. A better draft is deployed and
 everything starts over; a worse one ends collection until acceptance drifts. What the paper leaves open and we add: the cool-down
-between trainings, the outcome "undecided" (too few held-out requests to judge), and failures, which cost a cool-down only.
+between trainings, a budget of jobs and worker time an hour, the plateau (better, but by next to nothing: as good as worse), the outcome
+"undecided" (too few held-out requests to judge), and failures, which cost a cool-down only.
 
-    collecting -> training -> collecting (deployed, undecided, failed) | stopped (worse, rolled back; never from a cold start)
+    collecting -> training -> collecting (deployed, undecided, failed) | stopped (worse, rolled back, plateau; never from a cold start)
     stopped -> collecting (drift)
 
 The averages that judge drift are `tided.policies.training.AcceptanceTrend`; the store counts rows since `since_ms`.
@@ -33,14 +34,24 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CollectionRules:
-    """`max_rows` bounds what is captured ahead while a training is under way."""
+    """`max_rows` bounds what is captured ahead while a training is under way.
+
+    Of trainings that begin of themselves: `jobs_per_hour` and `worker_ms_per_hour` bound what begins in any hour, 0 for no bound; each
+    may take `job_ms`. `plateau_gain`: after `PLATEAU` drafts in a row that gained less than this share each, wait for drift; 0: never.
+    """
 
     min_rows: int = 20_000
     max_rows: int = 60_000
     cool_down_ms: int = 20_000
+    jobs_per_hour: int = 0
+    worker_ms_per_hour: int = 0
+    job_ms: int = 180_000
+    plateau_gain: float = 0.0
 
 
 DEFAULT_RULES = CollectionRules()
+HOUR_MS = 3_600_000
+PLATEAU = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,8 @@ class Collection:
     trainings: int = 0
     not_before_ms: int = 0  # the cool-down's end
     job: str = ""
+    spent: tuple[tuple[int, int], ...] = ()  # (beginning, worker time) of the last hour's trainings
+    gains: tuple[float, ...] = ()  # of the newest drafts that were deployed since the newest drift, as shares
 
     @property
     def drifting(self) -> bool:
@@ -78,10 +91,11 @@ class RowsStored:
 
 @dataclass(frozen=True, slots=True)
 class TrendJudged:
-    """The engines for which short < long - epsilon now."""
+    """The engines whose acceptance is below what it was, by the traffic, as far as is known. `since_ms`: when that began, 0 for now."""
 
     now_ms: int
     low: tuple[str, ...]
+    since_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +113,12 @@ class JobSubmitted:
 
 @dataclass(frozen=True, slots=True)
 class TrainingEnded:
+    """`gain`: by which share the gate found the new draft better; `worker_ms`: what the job took."""
+
     now_ms: int
     outcome: Outcome
+    gain: float = 1.0
+    worker_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +175,26 @@ def capture_wanted(state: Collection, rules: CollectionRules = DEFAULT_RULES) ->
     return state.phase is not Phase.STOPPED and state.rows < rules.max_rows
 
 
+def plateaued(state: Collection, rules: CollectionRules) -> bool:
+    """Whether the newest drafts were better by next to nothing."""
+    return len(state.gains) >= PLATEAU and max(state.gains) < rules.plateau_gain
+
+
+def over_budget(state: Collection, now_ms: int, rules: CollectionRules) -> str:
+    """Why the budget of this hour allows no training now, or ""."""
+    spent = _within_hour(state.spent, now_ms)
+    if rules.jobs_per_hour and len(spent) >= rules.jobs_per_hour:
+        return f"{len(spent)} trainings began within the hour: training.jobs_per_hour"
+    if rules.worker_ms_per_hour and sum(ms for _, ms in spent) + rules.job_ms > rules.worker_ms_per_hour:
+        took_s = sum(ms for _, ms in spent) / 1000
+        return f"trainings took {took_s:.0f} s of workers within the hour: training.worker_s_per_hour"
+    return ""
+
+
+def _within_hour(spent: tuple[tuple[int, int], ...], now_ms: int) -> tuple[tuple[int, int], ...]:
+    return tuple((began_ms, worker_ms) for began_ms, worker_ms in spent if now_ms - began_ms < HOUR_MS)
+
+
 def recipe(state: Collection) -> Recipe:
     if state.deployed == 0:
         return Recipe.COLD
@@ -170,10 +208,10 @@ def step(state: Collection, event: CollectionEvent, rules: CollectionRules = DEF
             return _train_if_due(replace(state, rows=rows), now_ms, rules)
         case TimePassed(now_ms):
             return _train_if_due(state, now_ms, rules)
-        case TrendJudged(now_ms, low):
-            return _trend_judged(state, now_ms, low)
-        case TrainingRequested():
-            return _requested(state)
+        case TrendJudged(now_ms, low, since_ms):
+            return _trend_judged(state, max(min(since_ms or now_ms, now_ms), state.since_ms), low)
+        case TrainingRequested(now_ms):
+            return _requested(state, now_ms)
         case JobSubmitted(_, job):
             return (replace(state, job=job), ()) if state.phase is Phase.TRAINING else (state, ())
         case TrainingEnded():
@@ -189,6 +227,7 @@ def validate_state(state: Collection) -> None:
         (min(state.rows, state.deployed, state.drifts, state.trainings) < 0, "a negative count"),
         (state.deployed > state.trainings, "more deployed than trained"),
         (not 0 <= state.drifts_answered <= state.drifts_seen <= state.drifts, "drifts do not add up"),
+        (len(state.gains) > PLATEAU, "more gains than are looked at"),
         (state.phase is Phase.STOPPED and state.drifting, "stopped in a drift"),
         (state.phase is Phase.STOPPED and state.deployed == 0, "stopped without any draft but the cold one"),
     )
@@ -199,23 +238,31 @@ def validate_state(state: Collection) -> None:
 
 def _train_if_due(state: Collection, now_ms: int, rules: CollectionRules) -> Step:
     due = state.rows >= rules.min_rows and now_ms >= state.not_before_ms
-    return _train(state) if state.phase is Phase.COLLECTING and due else (state, ())
+    due = due and state.phase is Phase.COLLECTING and not over_budget(state, now_ms, rules)
+    return _train(state, now_ms) if due else (state, ())
 
 
-def _train(state: Collection) -> Step:
-    training = replace(state, phase=Phase.TRAINING, trainings=state.trainings + 1, drifts_seen=state.drifts)
+def _train(state: Collection, now_ms: int) -> Step:
+    training = replace(
+        state,
+        phase=Phase.TRAINING,
+        trainings=state.trainings + 1,
+        drifts_seen=state.drifts,
+        spent=(*_within_hour(state.spent, now_ms), (now_ms, 0)),
+    )
     return training, (StartTraining(recipe(state), state.since_ms),)
 
 
-def _requested(state: Collection) -> Step:
+def _requested(state: Collection, now_ms: int) -> Step:
+    """An operator is bound by no budget, but what is asked for counts."""
     if state.phase is Phase.TRAINING:
         return state, (Reject("a training is already under way"),)
     if state.rows == 0:
         return state, (Reject("no samples are stored to train on"),)
-    return _train(state)
+    return _train(state, now_ms)
 
 
-def _trend_judged(state: Collection, now_ms: int, low: tuple[str, ...]) -> Step:
+def _trend_judged(state: Collection, since_ms: int, low: tuple[str, ...]) -> Step:
     """A drift is noted as one engine's acceptance falls below the threshold, and once only until a training has answered it: a trend that
     stays low, or hovers, must neither train for ever nor push the start of its samples ahead of itself."""
     fell = tuple(engine for engine in low if engine not in state.low)
@@ -224,7 +271,9 @@ def _trend_judged(state: Collection, now_ms: int, low: tuple[str, ...]) -> Step:
     if not fell or state.drifts > (state.drifts_seen if in_training else state.drifts_answered):
         return judged, ()
     phase = Phase.TRAINING if in_training else Phase.COLLECTING
-    return replace(judged, phase=phase, drifts=state.drifts + 1, since_ms=now_ms, rows=0), (AnnounceDrift(fell),)
+    return replace(judged, phase=phase, drifts=state.drifts + 1, since_ms=since_ms, rows=0, gains=()), (
+        AnnounceDrift(fell),
+    )
 
 
 def _drift_answered(state: Collection, drifts: int) -> Collection:
@@ -235,12 +284,22 @@ def _drift_answered(state: Collection, drifts: int) -> Collection:
 
 
 def _ended(state: Collection, event: TrainingEnded, rules: CollectionRules) -> Step:
-    cooling = replace(state, phase=Phase.COLLECTING, job="", not_before_ms=event.now_ms + rules.cool_down_ms)
+    began_ms = state.spent[-1][0] if state.spent else event.now_ms
+    cooling = replace(
+        state,
+        phase=Phase.COLLECTING,
+        job="",
+        not_before_ms=event.now_ms + rules.cool_down_ms,
+        spent=(*state.spent[:-1], (began_ms, event.worker_ms)),
+    )
     if event.outcome in (Outcome.UNDECIDED, Outcome.FAILED):
         return cooling, ()
     answered = replace(cooling, drifts_answered=state.drifts_seen)
     if event.outcome is Outcome.DEPLOYED:
-        return replace(answered, low=(), deployed=state.deployed + 1), (RestartTrend(),)
+        gains = (*state.gains, event.gain)[-PLATEAU:]
+        deployed = replace(answered, low=(), deployed=state.deployed + 1, gains=gains)
+        stop = plateaued(deployed, rules) and not deployed.drifting
+        return replace(deployed, phase=Phase.STOPPED if stop else Phase.COLLECTING), (RestartTrend(),)
     # A cold draft accepts next to nothing, so no drift could ever start collection again: go on trying.
     stop = answered.deployed > 0 and not answered.drifting
     return replace(answered, phase=Phase.STOPPED if stop else Phase.COLLECTING), ()

@@ -2,7 +2,7 @@
 
     reference -> probing -> verified | unverified | mismatch
     listening -> unverified | mismatch                        (an engine that cannot be probed)
-    verified | unverified -> probing -> the same | mismatch   (another draft serves, of which more can be told)
+    verified | unverified -> probing -> the same | mismatch   (another draft serves, of which more can be told; or acceptance fell)
 
 Fails closed: only `verified` is trust; whether `unverified` is, the configuration says. Level-triggered: while the phase is
 REFERENCE somebody makes reference states, while it is PROBING somebody probes, and reports with the attempt that it was told; a leader
@@ -87,6 +87,14 @@ class DraftServed:
 
 
 @dataclass(frozen=True, slots=True)
+class Doubted:
+    """Acceptance fell at `since_ms`: does it still tap what it should? Samples cannot tell, for their scores fall with it."""
+
+    now_ms: int
+    since_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Listened:
     """The first real samples were looked at."""
 
@@ -100,7 +108,7 @@ class TimePassed:
 
 
 VerificationEvent = (
-    Connected | ReferenceFound | ReferenceFailed | Probed | ProbeFailed | DraftServed | Listened | TimePassed
+    Connected | ReferenceFound | ReferenceFailed | Probed | ProbeFailed | DraftServed | Doubted | Listened | TimePassed
 )
 
 # --- actions ---
@@ -141,7 +149,9 @@ def step(before: Verification | None, event: VerificationEvent, rules: TestRules
         case TimePassed(now_ms), _P.PROBING if now_ms >= before.deadline_ms:
             return _again(before, now_ms, "the probes were not answered in time", rules)
         case DraftServed(now_ms, version), _P.DONE if wants_draft(before, version):
-            return _probing_again(before, now_ms, version, rules), ()
+            return _probing_again(replace(before, draft=version), now_ms, rules), ()
+        case Doubted(now_ms, since_ms), _P.DONE if may_doubt(before, since_ms):
+            return replace(_probing_again(before, now_ms, rules), started_ms=since_ms, doubted=True), ()
         case Listened(now_ms, checks), _P.LISTENING:
             return _judged(before, now_ms, checks, rules)
         case TimePassed(now_ms), _P.DONE if 0 < before.deadline_ms <= now_ms:
@@ -160,6 +170,12 @@ def wants_draft(state: Verification, version: str) -> bool:
     return state.phase is _P.DONE and probed and not state.accepted and version not in ("", state.draft)
 
 
+def may_doubt(state: Verification, since_ms: int) -> bool:
+    """Whether probes can tell what a fall at that time is due to: there is a reference, and they were not asked since."""
+    passed = state.state in (_S.VERIFIED, _S.UNVERIFIED) and state.phase is _P.DONE and state.attempt > 0
+    return passed and state.referenced and state.updated_ms < since_ms
+
+
 def validate_state(state: Verification) -> None:
     """Raise `InvariantBroken` for a state that no sequence of events can reach."""
     failed = first_failure(state.checks) is not None
@@ -168,6 +184,7 @@ def validate_state(state: Verification) -> None:
         (state.state is _S.MISMATCH and state.phase is not _P.DONE, "a mismatch that is tested again"),
         (state.state is _S.VERIFIED and state.phase not in (_P.DONE, _P.PROBING), "verified before it was probed"),
         (state.state is _S.VERIFIED and not state.referenced, "verified without a reference"),
+        (state.doubted and state.phase is not _P.PROBING, "doubted, and nobody asks"),
         (failed != (state.state is _S.MISMATCH), "a failed check is a mismatch, and nothing else is"),
     )
     for broken, what in wrong:
@@ -217,8 +234,8 @@ def _probing(before: Verification, now_ms: int, rules: TestRules, *, referenced:
     )
 
 
-def _probing_again(before: Verification, now_ms: int, version: str, rules: TestRules) -> Verification:
-    """What it has passed holds on: only the draft is in question."""
+def _probing_again(before: Verification, now_ms: int, rules: TestRules) -> Verification:
+    """What it has passed holds on until it fails."""
     return replace(
         before,
         phase=_P.PROBING,
@@ -226,13 +243,13 @@ def _probing_again(before: Verification, now_ms: int, version: str, rules: TestR
         updated_ms=now_ms,
         deadline_ms=now_ms + rules.probe_timeout_ms,
         attempt=before.attempt + 1,
-        draft=version,
     )
 
 
 def _again(before: Verification, now_ms: int, why: str, rules: TestRules) -> Step:
     if before.state is not _S.PENDING:
-        return replace(before, phase=_P.DONE, updated_ms=now_ms, deadline_ms=_retry_ms(before, now_ms, rules)), ()
+        kept = replace(before, phase=_P.DONE, updated_ms=now_ms, doubted=False)
+        return replace(kept, deadline_ms=_retry_ms(before, now_ms, rules)), ()
     if before.attempt < rules.max_probes:
         return _probing(before, now_ms, rules, referenced=before.referenced, reason=f"probing again: {why}"), ()
     done = replace(
@@ -251,7 +268,7 @@ def _judged(before: Verification, now_ms: int, checks: tuple[Check, ...], rules:
     if again:
         new = {check.name for check in checks}
         checks = (*(check for check in before.checks if check.name not in new), *checks)
-    done = replace(before, phase=_P.DONE, updated_ms=now_ms, deadline_ms=0, checks=checks)
+    done = replace(before, phase=_P.DONE, updated_ms=now_ms, deadline_ms=0, checks=checks, doubted=False)
     failure = first_failure(checks)
     if failure is not None:
         return replace(done, state=_S.MISMATCH, reason=failure.measured), (

@@ -70,6 +70,7 @@ class EngineInfo:
     epoch: int  # the highest epoch seen
     profile: LatencyProfile | None = None
     pid: int = 0
+    build: str = ""  # of the engine itself, as it calls it: "vllm 0.32.0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,8 @@ class RequestStats:
     """One finished request. `accepted` and `drafted` count tokens, `spec_steps` its steps with gamma > 0.
 
     `temperature`: what its tokens were sampled at, 0.0 for greedy; None when that is not known, or when something else (top-p,
-    penalties, a grammar) shaped the target's distribution as well.
+    penalties, a grammar) shaped the target's distribution as well. `cached_tokens`: of its prompt, taken from a prefix cache; None when
+    that is not known.
     """
 
     prompt_tokens: int
@@ -102,6 +104,7 @@ class RequestStats:
     accepted: int
     version: str  # the draft that served its last step
     temperature: float | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +232,10 @@ class Recipe(StrEnum):
     COLD = "cold"
     DRIFT = "drift"
     REFRESH = "refresh"
+
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+"""In a train job's directory while it runs: another attempt that finds it there goes on from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,6 +428,7 @@ class Verification:
     referenced: bool = False  # whether reference states were at hand
     draft: str = ""  # the version that served when it was probed
     accepted: bool = False  # whether enough was accepted to tell that this version serves
+    doubted: bool = False  # what it taps is in question again, though it has passed
     checks: tuple[Check, ...] = ()
 
 

@@ -48,6 +48,7 @@ class Explanation:
     conditional: tuple[float, ...]
     choices: tuple[Choice, ...]
     figures: dict[str, float]
+    training: str = ""  # what training of this engine's target does or waits for
 
 
 @dataclass(frozen=True, slots=True)

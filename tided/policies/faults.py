@@ -19,8 +19,8 @@ WINDOW = 256
 FADING = 0.998
 """What a request leaves of the counts before it, where shares of temperatures are counted."""
 MAX_CLASSES = 8
-MIN_REQUESTS = 40
-MIN_STEPS = 400
+MIN_REQUESTS = 24
+MIN_STEPS = 240
 MIN_PROMPTS = 10
 MIN_SCORED_STEPS = 200
 WHOLE = 0.9
@@ -41,20 +41,38 @@ def sampling_class(stats: RequestStats) -> float | None:
 
 @dataclass(slots=True)
 class ServedClass:
-    """The newest finished requests of one temperature, and when (by the reports, Redis TIME) each was reported. `seen`: how many there
-    were of late, judged or not."""
+    """The newest finished requests of one temperature, and when (by the reports, Redis TIME) each was reported.
+
+    `drafted`: all that drafted at all, `whole`: those in nearly all steps (see `WHOLE`), `requests`: of these the ones that samples
+    are of. `seen`: how many there were of late, in all.
+    """
 
     requests: deque[tuple[int, RequestStats]] = field(
+        default_factory=lambda: deque[tuple[int, RequestStats]](maxlen=WINDOW)
+    )
+    whole: deque[tuple[int, RequestStats]] = field(
+        default_factory=lambda: deque[tuple[int, RequestStats]](maxlen=WINDOW)
+    )
+    drafted: deque[tuple[int, RequestStats]] = field(
         default_factory=lambda: deque[tuple[int, RequestStats]](maxlen=WINDOW)
     )
     seen: float = 0.0
 
     def add(self, stats: RequestStats, at_ms: int, captured: bool) -> None:
-        """Take one in; to be judged, if it says something (see `WHOLE`) and was among those that samples are of."""
+        """Take one in. `captured`: samples are taken of requests like it."""
         self.seen += 1.0
         steps = max(1, stats.output_tokens - 1 - stats.accepted)
-        if captured and stats.drafted and stats.spec_steps >= WHOLE * steps:
-            self.requests.append((at_ms, stats))
+        if stats.drafted:
+            self.drafted.append((at_ms, stats))
+            if stats.spec_steps >= WHOLE * steps:
+                self.whole.append((at_ms, stats))
+                if captured:
+                    self.requests.append((at_ms, stats))
+
+    def since(self, at_ms: int) -> "ServedClass":
+        """Those that can be judged and were reported at that time or later."""
+        chosen = deque((item for item in self.requests if item[0] >= at_ms), maxlen=WINDOW)
+        return ServedClass(chosen, self.whole, self.drafted, self.seen)
 
     @property
     def since_ms(self) -> int:
@@ -116,6 +134,13 @@ class Comparison:
     requests: int
     prompts: int
     verdict: Verdict
+    enough: bool = True
+
+    @property
+    def surely_sound(self) -> bool:
+        """Whether a fault of twice the margin is ruled out, too, by two standard errors."""
+        could, missing = self.scored - 1.0, self.scored - self.served
+        return self.verdict is Verdict.SOUND and missing + 2.0 * self.error < 2.0 * MARGIN * could
 
 
 def compare(served: ServedClass, score: SamplingScore) -> Comparison:
@@ -142,6 +167,7 @@ def compare(served: ServedClass, score: SamplingScore) -> Comparison:
         requests=len(requests),
         prompts=prompts,
         verdict=_verdict(could - got, MARGIN * could, SURE * error) if enough else Verdict.OPEN,
+        enough=enough,
     )
 
 

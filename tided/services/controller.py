@@ -176,7 +176,10 @@ class Controller:
             deployment = await self.deployer.reconcile(view, now_ms)
             deployment, problem = await self._onto_its_version(view, deployment, now_ms, done)
         watching = deployment is not None and deployment.state is DeploymentState.WATCHING
-        decision = await self.speculator.decide(view, setting, context.config.speculation, now_s, watching=watching)
+        held = view.engine in self.faults.held
+        decision = await self.speculator.decide(
+            view, setting, context.config.speculation, now_s, watching=watching, held=held
+        )
         if decision.gammas != in_force(view.info) and Capability.SCHEDULE in view.info.capabilities:
             await view.backend.set_schedule(decision.gammas, context.leadership.require())
             done.append(f"{view.engine}: schedule {decision.gammas}")
@@ -184,11 +187,15 @@ class Controller:
         if problem or not trust.granted:
             await self._capture(view, False, done)
             return problem
-        suspected = self.faults.warnings.get(view.engine, "")
         if deployment is None or deployment.state.final:
-            suspected = await self.faults.reconcile(view, context.target_of(view.info.target), now_ms)
+            peers = [peer for peer in self.monitor.views.values() if peer.info.target.digest == view.info.target.digest]
+            suspicion = await self.faults.reconcile(view, peers, context.target_of(view.info.target), now_ms)
+            if suspicion.questioned:
+                await self.selftest.doubt(view, suspicion.onset_ms, now_ms)
+        else:
+            suspicion = await self.faults.current(view.engine)
         auto = setting.mode is SpeculationMode.AUTO and bool(view.version)
-        sound.append(Member(view, deployment, bool(suspected), auto and decision.resting(view.running)))
+        sound.append(Member(view, deployment, suspicion, auto and decision.resting(view.running)))
         return ""
 
     async def _announce_schedule(self, view: EngineView, decision: SpeculationDecision) -> None:

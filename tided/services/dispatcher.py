@@ -93,7 +93,8 @@ class Dispatcher:
     async def view(self, target: str) -> TrainingView:
         """For the status, in standby too."""
         collection = await self.current(target)
-        return self._shown(target, collection, await self._stockroom.stock(target, collection.since_ms))
+        stock = await self._stockroom.stock(target, collection.since_ms)
+        return self._shown(target, collection, stock, await self._context.now_ms())
 
     async def reconcile(self, pool: Pool, now_ms: int) -> TrainingView:
         """Take the target's training cycle one step further. Raises `Unavailable`, `Superseded`."""
@@ -101,14 +102,15 @@ class Dispatcher:
         collection = await self.current(target)
         incumbent = await self._heads.incumbent(pool)
         collection, _ = await self._apply(pool, collection, DriftAnswered(now_ms, pool.answered))
-        collection, _ = await self._apply(pool, collection, TrendJudged(now_ms, _low(pool, collection, incumbent)))
+        low = _low(pool, collection, incumbent)
+        collection, _ = await self._apply(pool, collection, TrendJudged(now_ms, low, _since_ms(pool, low)))
         stock = await self._stockroom.stock(target, collection.since_ms, pool.domain)
         if self._context.training_for(target).enabled:
             rows = self._ripe_rows(pool, stock)
             collection, _ = await self._apply(pool, collection, RowsStored(now_ms, rows))
         if collection.phase is Phase.TRAINING:
             collection = await self._training(pool, collection, stock, now_ms)
-        return self._shown(target, collection, stock, _hindrance(pool))
+        return self._shown(target, collection, stock, now_ms, pool)
 
     async def request(self, pool: Pool, event: CollectionEvent) -> Job:
         """An operator asks for a training. Raises `Conflict` when one is under way, `Refused` when there is nothing to train on."""
@@ -163,7 +165,7 @@ class Dispatcher:
                 return collection
             case JobState.FAILED | JobState.CANCELLED:
                 why = job.error or f"job {job.id} was {job.state}"
-                return await self._ended(pool, collection, None, Outcome.FAILED, why, now_ms)
+                return await self._ended(pool, collection, job, Outcome.FAILED, why, now_ms)
             case JobState.SUCCEEDED:
                 return await self._succeeded(pool, collection, job, now_ms)
 
@@ -261,8 +263,17 @@ class Dispatcher:
             await self._stockroom.retire(pool.digest, job.spec.shards, pool.domain, pool.domains)
         failpoints.hit("dispatcher.retired")
         await self._context.announce("training-ended", pool.target.name, f"{outcome}: {why}", job=collection.job)
-        after, _ = await self._apply(pool, collection, TrainingEnded(now_ms, outcome))
+        gain, worker_ms = self._gain(job), _worker_ms(job)
+        after, _ = await self._apply(pool, collection, TrainingEnded(now_ms, outcome, gain, worker_ms))
         return after
+
+    def _gain(self, job: Job | None) -> float:
+        """By which share the gate found the job's draft better; 1.0 where it found nothing."""
+        result = job.result if job is not None else None
+        if result is None or result.incumbent is None or result.candidate is None:
+            return 1.0
+        decision = gate.judge(result.incumbent, result.candidate, self._context.config.gate)
+        return decision.gain / decision.incumbent if decision.incumbent > 0.0 else 1.0
 
     async def _stored(self, pool: Pool, job: Job, result: JobResult, now_ms: int) -> Draft:
         """The job's draft in the store; the same record when it is there already."""
@@ -310,6 +321,10 @@ class Dispatcher:
             min_rows=settings.min_rows,
             max_rows=AHEAD * settings.min_rows,
             cool_down_ms=round(settings.cool_down_s * 1000),
+            jobs_per_hour=settings.jobs_per_hour,
+            worker_ms_per_hour=round(settings.worker_s_per_hour * 1000),
+            job_ms=round(settings.budget_s * 1000),
+            plateau_gain=settings.plateau_gain,
         )
 
     def _ripe_rows(self, pool: Pool, stock: Stock) -> int:
@@ -319,9 +334,14 @@ class Dispatcher:
         ripe = stock.judgeable and not _hindrance(pool)
         return stock.fresh_rows if ripe else min(stock.fresh_rows, least - 1)
 
-    def _shown(self, target: str, collection: Collection, stock: Stock, hindrance: str = "") -> TrainingView:
+    def _shown(
+        self, target: str, collection: Collection, stock: Stock, now_ms: int, pool: Pool | None = None
+    ) -> TrainingView:
         settings = self._context.training_for(target)
-        capture = settings.enabled and machine.capture_wanted(collection, self._rules(target))
+        # Without samples nobody can say whether an engine is at fault, or no more.
+        asked = pool is not None and bool(pool.suspected or pool.questioned)
+        rules = self._rules(target)
+        capture = settings.enabled and (asked or machine.capture_wanted(collection, rules))
         if not settings.enabled:
             return TrainingView(collection, stock, capture, "training is disabled in the configuration")
         match collection.phase:
@@ -329,32 +349,47 @@ class Dispatcher:
                 reason = f"job {collection.job}, or its draft's gate and deployment, is under way"
             case Phase.STOPPED:
                 reason = "the last training gave nothing better: waiting for drift"
+                if machine.plateaued(collection, rules):
+                    gains = ", ".join(f"{gain:.1%}" for gain in collection.gains)
+                    reason = f"the last trainings gained next to nothing ({gains}): waiting for drift"
             case Phase.COLLECTING:
                 reason = f"{stock.fresh_rows} of {settings.min_rows} rows"
                 if stock.fresh_rows >= settings.min_rows and not stock.judgeable:
                     reason += ", waiting for more held-out requests"
-                if hindrance:
-                    reason += f", not training while {hindrance}"
+                elif stock.fresh_rows >= settings.min_rows and now_ms < collection.not_before_ms:
+                    reason += f", cooling down for {(collection.not_before_ms - now_ms) / 1000:.0f} s"
+                if over := machine.over_budget(collection, now_ms, rules):
+                    reason += f", {over}"
+        hindrance = _hindrance(pool) if pool is not None else ""
+        if collection.phase is not Phase.TRAINING and hindrance:
+            reason += f", not training {hindrance}"
         return TrainingView(collection, stock, capture, reason)
 
 
 def _hindrance(pool: Pool) -> str:
-    """Why no training may begin now, or "": what a suspected engine serves badly, no training mends."""
+    """Until or while what no training may begin, or "": what a suspected engine serves badly, no training mends."""
     if pool.suspected:
-        return f"a fault of {', '.join(pool.suspected)} is suspected"
-    return pool.hold
+        return f"while a fault of {', '.join(pool.suspected)} is suspected"
+    if pool.questioned:
+        return f"until a score says why the acceptance of {', '.join(pool.questioned)} has fallen"
+    return f"while {pool.hold}" if pool.hold else ""
 
 
 def _low(pool: Pool, collection: Collection, incumbent: str) -> tuple[str, ...]:
     """Engines whose acceptance has drifted. Only one that serves the incumbent can be judged now; of others it stays as it was. What
-    falls at an engine that is suspected is no drift."""
+    falls at an engine is no drift until it is known that the engine is not the cause."""
     judged = {
-        member.view.engine: member.view.trend.drifting and not member.suspected
+        member.view.engine: member.suspicion.drifted
         for member in pool.members
         if member.view.trend.version == member.view.info.version == incumbent
     }
     unchanged = [engine for engine in collection.low if engine not in judged]
     return tuple(sorted([*unchanged, *(engine for engine, drifting in judged.items() if drifting)]))
+
+
+def _since_ms(pool: Pool, low: tuple[str, ...]) -> int:
+    """When the first of these began to fall, 0 if that is not known: what was captured meanwhile is of the new traffic."""
+    return min((m.suspicion.onset_ms for m in pool.members if m.view.engine in low and m.suspicion.onset_ms), default=0)
 
 
 def _canary(pool: Pool, job: Job, result: JobResult) -> Deployment | None:
@@ -367,6 +402,11 @@ def _canary(pool: Pool, job: Job, result: JobResult) -> Deployment | None:
         and member.deployment.created_ms >= job.finished_ms
     ]
     return min(found, key=_progress, default=None)
+
+
+def _worker_ms(job: Job | None) -> int:
+    """What its newest attempt took."""
+    return max(job.finished_ms - job.started_ms, 0) if job is not None and job.started_ms else 0
 
 
 def _progress(deployment: Deployment) -> tuple[bool, bool]:

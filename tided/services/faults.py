@@ -2,96 +2,112 @@
 
 Acceptance falls with the traffic, which training mends, and with a fault of the engine, which it cannot: a wrong layer, a swap half
 applied, a sampler that throws accepted tokens away. When enough requests of a temperature have been served, a worker scores the draft
-that serves on what was captured of them, one temperature after the other, at most every `training.fault_check_s`. What contradicts
-the score is announced once and stays a warning until it agrees again; while it stands no training begins of itself. Engines that do
-not tell temperatures, or whose samples lack the last hidden state, cannot be judged.
+that serves on what was captured of them: one temperature after the other, at most every `training.fault_check_s`, and at once when
+acceptance falls (`tided.policies.suspicion` decides). What contradicts the score is announced once and stays a warning until it agrees
+again; while it stands, or a fall is not explained, no training begins of itself. Engines that do not tell temperatures, or whose samples
+lack the last hidden state, cannot be judged.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import anyio.to_thread
 
 from tided.model import failpoints
 from tided.model.errors import Refused
 from tided.model.ids import new_id
-from tided.model.records import Capability, JobKind, JobResult, JobSpec, JobState
-from tided.policies.faults import MIN_PROMPTS, MIN_SCORED_STEPS, Comparison, Verdict, compare
+from tided.model.records import Capability, Draft, DraftOrigin, JobKind, JobSpec, JobState
+from tided.policies import slices, suspicion
+from tided.policies.faults import MIN_PROMPTS, MIN_SCORED_STEPS, Comparison, Verdict
+from tided.policies.slices import Served, Slice
+from tided.policies.suspicion import Cause, Expected, News, Rules, Suspicion, Wish
 from tided.services.context import Context, Target
 from tided.services.monitor import EngineView
 from tided.store.samples import Shard, Split
 
 STATE = "fault"
-SCORED_TOKENS = 4_000
-"""Tokens that a check scores at most: seconds of one core, for it needs the target's whole head."""
 MAX_ATTEMPTS = 2
-RARE = 0.01
-"""Share of the requests."""
-
-
-@dataclass(frozen=True, slots=True)
-class FaultCheck:
-    """What is known of one engine's draft. `job`: the score under way. `temperature`: of the newest score that was asked for.
-    `suspected`: by temperature, as last judged."""
-
-    incarnation: str = ""
-    version: str = ""
-    job: str = ""
-    temperature: float = -1.0
-    asked_ms: int = 0
-    suspected: tuple[Comparison, ...] = ()
+AGAIN_MS = 10_000
+"""Between two scores of one question."""
 
 
 class FaultWatch:
-    """Keeps a `FaultCheck` for each engine in the leader's state. `warnings` are for the status."""
+    """Keeps a `Suspicion` for each engine in the leader's state. `warnings` are for the status; `held` are the engines of which nothing
+    can be said unless a token is drafted in every step for a while."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self.warnings: dict[str, str] = {}
+        self.held: set[str] = set()
 
     def forget(self, engines: set[str]) -> None:
+        self.held -= engines
         for engine in engines:
             self.warnings.pop(engine, None)
 
-    async def reconcile(self, view: EngineView, target: Target, now_ms: int) -> str:
-        """Take the engine's check one step further; why it is suspected, or "". Raises `Unavailable`, `Superseded`."""
-        context = self._context
-        before = await context.state.get(FaultCheck, STATE, view.engine) or FaultCheck()
-        check = before
-        every_ms = context.training_for(target.info.digest).fault_check_s * 1000
-        if not every_ms or (check.incarnation, check.version) != (view.info.incarnation, view.version):
-            check = FaultCheck(view.info.incarnation, view.version)
-        if check.job:
-            check = await self._scored(view, check)
-        elif every_ms and now_ms - check.asked_ms >= every_ms and (due := await self._due(view, target, check)):
-            temperature, spec = due
-            check = replace(check, job=new_id("job"), temperature=temperature, asked_ms=now_ms)
-            # The id first: a leader that goes on from here waits for this very job, or asks anew when it never came to be.
-            await context.state.put(STATE, view.engine, check, context.leadership.require())
-            failpoints.hit("faults.submitting")
-            await context.jobs.submit(spec, context.leadership.require(), MAX_ATTEMPTS, check.job)
-        check = replace(check, suspected=_not_rare(view, check.suspected))
-        if check != before:
-            await context.state.put(STATE, view.engine, check, context.leadership.require())
-        self.warnings[view.engine] = _warning(view, check.suspected)
-        return self.warnings[view.engine]
+    async def current(self, engine: str) -> Suspicion:
+        return await self._context.state.get(Suspicion, STATE, engine) or Suspicion()
 
-    async def _due(self, view: EngineView, target: Target, check: FaultCheck) -> tuple[float, JobSpec] | None:
-        """The temperature and the score to ask for, if one could say something."""
-        context = self._context
-        if not {Capability.TAP, Capability.LAST_HIDDEN} <= set(view.info.capabilities):
-            return None
-        temperature = view.served.next_ripe(check.temperature, check.asked_ms)
-        if temperature is None:
-            return None
-        since_ms = view.served.classes[temperature].since_ms
-        shards = await anyio.to_thread.run_sync(self._held_out, target.info.digest, view.engine, since_ms)
-        if sum(shard.runs for shard in shards) < MIN_PROMPTS or sum(s.scored for s in shards) < MIN_SCORED_STEPS:
-            return None
+    async def reconcile(self, view: EngineView, peers: Sequence[EngineView], target: Target, now_ms: int) -> Suspicion:
+        """Take what is known of the engine one step further. `peers`: the engines of its target. Raises `Unavailable`, `Superseded`."""
+        context, rules = self._context, self._rules(target)
+        before = await self.current(view.engine)
+        state = before
+        if (state.incarnation, state.version) != (view.info.incarnation, view.version):
+            state = await self._fresh(view)
+        state, news = suspicion.look(state, view.served, view.falls(), now_ms, rules, judgeable=_judgeable(view))
+        wanted = suspicion.wish(state, view.served, now_ms, rules) if _judgeable(view) else None
+        if state.job:
+            job = await context.jobs.get(state.job)
+            if job is None or job.state.final:
+                result = job.result if job is not None and job.state is JobState.SUCCEEDED else None
+                scores = result.candidate.sampling if result is not None and result.candidate is not None else ()
+                state, told = suspicion.judge(state, view.served, scores)
+                news += told
+        elif wanted is not None and (spec := await self._spec(view, target, wanted)):
+            state = suspicion.asked(state, wanted, new_id("job"), now_ms)
+            # The id first: a leader that goes on from here waits for this very job, or asks anew when it never came to be.
+            await context.state.put(STATE, view.engine, state, context.leadership.require())
+            before = state
+            failpoints.hit("faults.submitting")
+            await context.jobs.submit(spec, context.leadership.require(), MAX_ATTEMPTS, state.job)
+        for item in news:
+            await self._announce(view, peers, state, item)
+        if state != before:
+            await context.state.put(STATE, view.engine, state, context.leadership.require())
+        self.warnings[view.engine] = _warning(view, peers, state)
+        self.held = self.held | {view.engine} if state.held else self.held - {view.engine}
+        return state
+
+    def _rules(self, target: Target) -> Rules:
+        settings = self._context.training_for(target.info.digest)
+        return Rules(
+            every_ms=round(settings.fault_check_s * 1000),
+            again_ms=AGAIN_MS,
+            wait_ms=round(settings.fault_wait_s * 1000),
+        )
+
+    async def _fresh(self, view: EngineView) -> Suspicion:
+        """Of a version that begins to serve: its gate says what to expect of it."""
+        draft = await self._draft(view.version)
+        evaluation = draft.evaluation if draft is not None and draft.origin is DraftOrigin.TRAINED else None
+        expected = (Expected.by_gate(evaluation),) if evaluation is not None and evaluation.tokens else ()
+        return Suspicion(view.info.incarnation, view.version, expected=expected)
+
+    async def _draft(self, version: str) -> Draft | None:
         try:
-            draft = await anyio.to_thread.run_sync(context.drafts.get, view.version)
+            return await anyio.to_thread.run_sync(self._context.drafts.get, version)
         except Refused:
             return None
-        return temperature, JobSpec(
+
+    async def _spec(self, view: EngineView, target: Target, wanted: Wish) -> JobSpec | None:
+        """The score to ask for, if there are samples enough."""
+        context = self._context
+        since_ms = wanted.since_ms + round(context.config.samples.shard_age_s * 1000)
+        shards = await anyio.to_thread.run_sync(self._samples, target.info.digest, view.engine, since_ms)
+        if sum(shard.runs for shard in shards) < MIN_PROMPTS or sum(s.scored for s in shards) < MIN_SCORED_STEPS:
+            return None
+        draft = await self._draft(view.version)
+        return draft and JobSpec(
             kind=JobKind.SCORE,
             engine=view.engine,
             target=target.info.digest,
@@ -102,77 +118,98 @@ class FaultWatch:
             held_out=tuple(str(shard.path) for shard in shards),
             gamma=view.info.gamma_max,
             mix=view.served.mix(),
-            options={"held_out_tokens": SCORED_TOKENS},
+            options={"held_out_tokens": wanted.tokens},
         )
 
-    def _held_out(self, target: str, engine: str, since_ms: int) -> list[Shard]:
-        """The engine's own held-out shards since then: all, for the requests that are judged are from all of that time."""
-        shards = self._context.samples.shards(Split.HELD_OUT, target, engine)
+    def _samples(self, target: str, engine: str, since_ms: int) -> list[Shard]:
+        """The engine's own samples of requests that ended since then, whether they are held out or not: the served draft was trained on
+        none of them, and requests are judged whatever side their prompt is on."""
+        shards = [
+            s for split in (Split.HELD_OUT, Split.TRAIN) for s in self._context.samples.shards(split, target, engine)
+        ]
         return [shard for shard in shards if shard.created_ms >= since_ms and shard.has_last]
 
-    async def _scored(self, view: EngineView, check: FaultCheck) -> FaultCheck:
-        """Judge by the score, if it is there."""
-        job = await self._context.jobs.get(check.job)
-        if job is not None and not job.state.final:
-            return check
-        done = replace(check, job="")
-        if job is None or job.state is not JobState.SUCCEEDED or job.result is None:
-            return done
-        found = _compared(view, check.temperature, job.result)
-        suspected = {comparison.temperature: comparison for comparison in check.suspected}
-        if found is not None and found.verdict is Verdict.FAULT:
-            if found.temperature not in suspected:
-                await self._announce("engine-fault-suspected", view, found)
-            suspected[found.temperature] = found
-        elif found is not None and found.verdict is Verdict.SOUND and suspected.pop(found.temperature, None):
-            await self._announce("engine-fault-cleared", view, found)
-        return replace(done, suspected=tuple(suspected[temperature] for temperature in sorted(suspected)))
-
-    async def _announce(self, kind: str, view: EngineView, found: Comparison) -> None:
+    async def _announce(self, view: EngineView, peers: Sequence[EngineView], state: Suspicion, news: News) -> None:
+        context, found = self._context, news.found
+        if found is None:
+            message = "acceptance fell, and no score said in time whether the draft or the engine is the cause: taken for drift"
+            await context.announce(news.kind, view.engine, message, temperatures=list(state.fell))
+            return
         figures = {"served": round(found.served, 3), "scored": round(found.scored, 3), "error": round(found.error, 4)}
-        message = describe(view.info.kind, found)
-        context = self._context
+        parts = cut(view, peers, state, found)
+        message = describe(view.info.kind, found, suspicion.cause(found, state), slices.where(parts))
         await context.announce(
-            kind, view.engine, message, temperature=found.temperature, requests=found.requests, **figures
+            news.kind,
+            view.engine,
+            message,
+            temperature=found.temperature,
+            requests=found.requests,
+            **figures,
+            slices=[_plain(part) for part in parts],
         )
 
 
-def _compared(view: EngineView, temperature: float, result: JobResult) -> Comparison | None:
-    served = view.served.classes.get(temperature)
-    scores = result.candidate.sampling if result.candidate is not None else ()
-    score = next((score for score in scores if score.temperature == temperature), None)
-    return compare(served, score) if served is not None and score is not None else None
+def _judgeable(view: EngineView) -> bool:
+    return {Capability.TAP, Capability.LAST_HIDDEN} <= set(view.info.capabilities)
 
 
-def _not_rare(view: EngineView, suspected: tuple[Comparison, ...]) -> tuple[Comparison, ...]:
-    """What is suspected of a temperature that is hardly served any more cannot be judged again, and keeps nothing from training."""
-    rare = {temperature for temperature, share in view.served.mix() if share < RARE}
-    return tuple(comparison for comparison in suspected if comparison.temperature not in rare)
-
-
-def _warning(view: EngineView, suspected: tuple[Comparison, ...]) -> str:
-    if not suspected:
+def _warning(view: EngineView, peers: Sequence[EngineView], state: Suspicion) -> str:
+    if not state.suspected:
         return ""
-    found = "; ".join(describe(view.info.kind, comparison) for comparison in suspected)
-    return f"engine {view.engine}: {found}. No training begins until this is mended"
+    told = (
+        describe(view.info.kind, found, suspicion.cause(found, state), slices.where(cut(view, peers, state, found)))
+        for found in state.suspected
+    )
+    return f"engine {view.engine}: {'; '.join(told)}. No training begins until this is mended"
 
 
-def describe(kind: str, found: Comparison) -> str:
-    """One sentence: the class, the figures, and what to look at."""
+def cut(view: EngineView, peers: Sequence[EngineView], state: Suspicion, found: Comparison) -> tuple[Slice, ...]:
+    """The requests of that temperature since it fell, beside those of the version before and of the target's other engines."""
+    at = found.temperature
+    requests: list[Served] = []
+    for peer in (view, *(peer for peer in peers if peer.engine != view.engine)):
+        own = peer.engine == view.engine
+        for version, since_ms in ((peer.served, state.onset_ms if own else 0), (peer.before, 0)):
+            whole = version.classes[at].whole if at in version.classes and (own or version is peer.served) else ()
+            requests += [Served(stats, peer.engine, peer.info.build) for at_ms, stats in whole if at_ms >= since_ms]
+    shares, expected = dict(view.served.mix()), [item for item in state.expected if item.own]
+    total = sum(shares.get(item.temperature, 0.0) for item in expected)
+    positions = max((len(item.conditional) for item in expected), default=0) if total else 0
+    scored = [
+        sum(shares.get(item.temperature, 0.0) * item.conditional[k] for item in expected) / total
+        for k in range(positions)
+    ]
+    by_position = slices.by_position(view.live.hits, view.live.trials, scored, found.requests)
+    return by_position + slices.sliced(requests)
+
+
+def _plain(part: Slice) -> dict[str, object]:
+    figures = {"accepted": round(part.accepted, 3), "rest": round(part.rest, 3)}
+    return {"by": part.by, "part": part.part, "requests": part.requests, **figures, "low": part.low}
+
+
+def describe(kind: str, found: Comparison, cause: Cause, where: str = "") -> str:
+    """One sentence: the class, the figures, what to look at, and where most is lost."""
     requests = "greedy requests" if found.temperature == 0.0 else f"requests at temperature {found.temperature:g}"
     figures = f"{requests} are served at acceptance length {found.served:.2f}, their draft scores {found.scored:.2f}"
     if found.verdict is not Verdict.FAULT:
         return f"{figures}: they agree again"
-    return f"{figures}: {_suspect(kind, found)}"
+    return f"{figures}: {_suspect(kind, found, cause)}" + (f"; {where}" if where else "")
 
 
-def _suspect(kind: str, found: Comparison) -> str:
-    if found.temperature == 0.0:
-        return "suspect the engine (layer ids, a swap half applied, its prefix cache), not the traffic"
-    drafts_likeliest = abs(found.served - found.likeliest) < min(found.scored - found.served, 4.0 * found.error)
-    if drafts_likeliest:
-        option = ' ("draft_sample_method": "probabilistic" in --speculative-config)' if kind == "vllm" else ""
-        return f"the engine drafts its likeliest token instead of a sampled one; let it sample{option}"
-    cause = "how the engine verifies sampled requests (temperature, top-k, uniform draws), not the traffic"
+def _suspect(kind: str, found: Comparison, cause: Cause) -> str:
+    engine = "the engine (layer ids, a swap half applied, its vocabulary map, its prefix cache)"
+    sampler = "how the engine verifies sampled requests (temperature, top-k, uniform draws)"
     known = "; vLLM on a processor loses their temperature: TIDED_MEND_SAMPLING" if kind == "vllm" else ""
-    return f"less than even greedy drafting would give ({found.likeliest:.2f}): suspect {cause}{known}"
+    match cause:
+        case Cause.DRAFT:
+            return f"suspect {engine}, not the traffic"
+        case Cause.EITHER:
+            return f"suspect {engine}, or {sampler}, not the traffic{known}"
+        case Cause.LIKELIEST:
+            option = ' ("draft_sample_method": "probabilistic" in --speculative-config)' if kind == "vllm" else ""
+            how = f"the engine drafts its likeliest token instead of a sampled one: let it sample{option}"
+            return f"{how}; if it does, suspect {sampler}"
+        case Cause.SAMPLING:
+            less = f"less than even greedy drafting would give ({found.likeliest:.2f})"
+            return f"{less}: suspect {sampler}, not the traffic{known}"

@@ -104,6 +104,7 @@ class EngineView:
     last_report_s: float | None = None
     trends: dict[float | None, AcceptanceTrend] = field(default_factory=dict[float | None, AcceptanceTrend])
     served: ServedClasses = field(default_factory=ServedClasses)  # by this version
+    before: ServedClasses = field(default_factory=ServedClasses)  # and by the one before it
     fault: str = ""  # of its adapter, which could not look at it in the newest poll
     slices: deque[_Slice] = field(default_factory=deque)
 
@@ -121,6 +122,10 @@ class EngineView:
         """That of the temperature whose acceptance has drifted; if none has, of the one with most requests."""
         trends = self.trends.values()
         return max(trends, key=lambda trend: (trend.drifting, trend.samples), default=self.fresh_trend)
+
+    def falls(self) -> tuple[float | None, ...]:
+        """The temperatures whose acceptance is below its long average."""
+        return tuple(temperature for temperature, trend in self.trends.items() if trend.drifting)
 
     def expect(self, conditional: tuple[float, ...]) -> None:
         """What an evaluation of the served version says about its acceptance."""
@@ -157,6 +162,8 @@ class EngineView:
         """Another version serves: forget the acceptance of the one before."""
         self.version, self.prior, self.live = version, Acceptance(), Acceptance()
         self.fresh_trend, self.expected = self.fresh_trend.restart(version), False
+        if self.served.classes:
+            self.before = self.served
         self.trends, self.served = {}, ServedClasses()
         self.measured.clear()
         self.shadow = Acceptance()

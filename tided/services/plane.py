@@ -131,6 +131,7 @@ class ControlPlane:
         decision = self._controller.speculator.decisions.get(view.engine)
         if decision is None:
             return None
+        training = self._controller.training.get(view.info.target.digest)
         return Explanation(
             engine=view.engine,
             policy=policy,
@@ -142,6 +143,7 @@ class ControlPlane:
             conditional=tuple(view.acceptance.conditional(k) for k in range(len(view.acceptance.trials))),
             choices=tuple(Choice(choice.batch, choice.gamma, choice.speedups) for choice in decision.choices),
             figures=dict(decision.figures),
+            training=training.reason if training is not None else "",
         )
 
     async def events(self, after: str, limit: int) -> tuple[Event, ...]:

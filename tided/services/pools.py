@@ -6,12 +6,13 @@ more: then it is the nearest version from which it descends that is good.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anyio.to_thread
 
 from tided.model.errors import Refused
 from tided.model.records import Capability, Deployment, Draft
+from tided.policies.suspicion import Suspicion
 from tided.services.context import Context, Target
 from tided.services.deployer import RESTART, ROLLBACK, check_fit, desired_version
 from tided.services.monitor import EngineView
@@ -25,12 +26,12 @@ POOLED = "pool"
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An engine that is in order, with its newest deployment. `suspected`: it accepts less than its draft could give. `resting`: the
-    policy lets it draft nothing at the batch size that it runs."""
+    """An engine that is in order, with its newest deployment, and what its acceptance gives reason to suspect. `resting`: the policy lets
+    it draft nothing at the batch size that it runs."""
 
     view: EngineView
     deployment: Deployment | None
-    suspected: bool = False
+    suspicion: Suspicion = field(default_factory=Suspicion)
     resting: bool = False
 
 
@@ -56,7 +57,12 @@ class Pool:
     @property
     def suspected(self) -> tuple[str, ...]:
         """Names of the engines among them that accept less than their draft could give."""
-        return tuple(member.view.engine for member in self.members if member.suspected)
+        return tuple(member.view.engine for member in self.members if member.suspicion.suspected)
+
+    @property
+    def questioned(self) -> tuple[str, ...]:
+        """Names of those whose acceptance has fallen, it is not known why."""
+        return tuple(member.view.engine for member in self.members if member.suspicion.questioned)
 
     @property
     def settled(self) -> bool:

@@ -17,6 +17,7 @@ from tided.draft.reference import Reference, sequences
 from tided.machine import verification as machine
 from tided.machine.verification import (
     Connected,
+    Doubted,
     DraftServed,
     Listened,
     Probed,
@@ -129,6 +130,12 @@ class SelfTest:
         if verdict is None or not _is_of(verdict, info):
             return f"engine {info.engine}: its self-test has not begun"
         return self._problem(verdict) or f"engine {info.engine}: its self-test is under way: {verdict.reason}"
+
+    async def doubt(self, view: EngineView, since_ms: int, now_ms: int) -> None:
+        """Its acceptance fell then: look once whether it still taps what it should. Raises `Unavailable`, `Superseded`."""
+        verdict = await self.current(view.info)
+        if verdict is not None and machine.may_doubt(verdict, since_ms) and not self._hindrance(view.info):
+            await self._apply(view.info, verdict, Doubted(now_ms, since_ms))
 
     async def reconcile(self, view: EngineView, now_ms: int, done: list[str]) -> Trust:
         """Take the engine's self-test one step further. Raises `Unavailable`, `Superseded`."""
@@ -281,9 +288,11 @@ class SelfTest:
         return 0
 
     async def _probe(self, view: EngineView, verdict: Verification, gamma: int, begun: _Round) -> None:
-        """One round; its outcome waits for the next cycle. An engine that keeps its verdict is asked about its draft alone."""
+        """One round; its outcome waits for the next cycle. An engine that keeps its verdict is asked about its draft alone, unless it
+        is doubted."""
         context, settings, info = self._context, self._context.config.self_test, view.info
-        tapped = verdict.state is VerificationState.PENDING
+        pending = verdict.state is VerificationState.PENDING
+        tapped = pending or verdict.doubted
         try:
             target = context.target_of(info.target)
             prober = Prober(
@@ -308,7 +317,7 @@ class SelfTest:
             untold = Check(acceptance.NAME, CheckOutcome.SKIPPED, str(exc))
             begun.outcome = (
                 ProbeFailed(0, verdict.attempt, str(exc))
-                if tapped
+                if pending
                 else Probed(0, verdict.attempt, (untold,), info.version)
             )
 

@@ -1,5 +1,6 @@
 """How many tokens each engine drafts: the operator's setting, or the speculation policy fed from the monitor."""
 
+from dataclasses import replace
 from typing import Any
 
 import anyio.to_thread
@@ -31,12 +32,24 @@ class Speculator:
         """By engine: why the policy cannot decide; it keeps the schedule that it has."""
 
     async def decide(
-        self, view: EngineView, setting: PolicySetting, config: SpeculationConfig, now_s: float, *, watching: bool
+        self,
+        view: EngineView,
+        setting: PolicySetting,
+        config: SpeculationConfig,
+        now_s: float,
+        *,
+        watching: bool,
+        held: bool = False,
     ) -> SpeculationDecision:
-        """The schedule that the engine should have now, with the figures that led to it. Raises `Unavailable`, `Superseded`."""
+        """The schedule that the engine should have now, with the figures that led to it. `held`: a token in every step at least, for
+        only requests that are drafted for throughout can tell what is wrong. Raises `Unavailable`, `Superseded`."""
         await self._expect(view)
         profile = await self.profiles.of(view.info)
         decision = self._decide(view, profile, setting, config, now_s, watching=watching)
+        if held and setting.mode is SpeculationMode.AUTO and view.version:
+            gammas = tuple(max(gamma, 1) for gamma in decision.gammas)
+            reason = "a token is drafted in every step until it is known why acceptance fell"
+            decision = replace(decision, gammas=gammas, probing=True, reason=reason)
         self.decisions[view.engine] = decision
         return decision
 

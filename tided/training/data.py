@@ -48,10 +48,15 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run and those of its rows that are asked."""
+    """A run, those of its rows that are asked, and the first row whose keys they may see."""
 
     run: Run
     queries: range
+    first: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.queries.stop - self.first
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +132,25 @@ def read_shard(path: Path, hidden: int, target: str = "") -> list[Run]:
 
 
 def read_runs(paths: Iterable[str], hidden: int, vocab: int, target: str = "") -> list[Run]:
-    """The runs of all shards, in their order. Raises `Refused` for ids outside the vocabulary."""
-    runs = [run for path in paths for run in read_shard(Path(path), hidden, target)]
+    """The runs of all shards, in their order; a directory stands for its shards. Raises `Refused` for ids outside the vocabulary."""
+    runs = [run for path in paths for shard in _shards(Path(path)) for run in read_shard(shard, hidden, target)]
     if any(len(run.ids) and (run.ids.min() < 0 or run.ids.max() >= vocab) for run in runs):
         raise Refused(f"a shard holds token ids outside the target's vocabulary of {vocab}")
     return runs
 
 
-def split_validation(runs: Sequence[Run], share: float) -> tuple[list[Run], list[Run]]:
-    """(training, validation): by prompt, for ever the same, so that no prompt is on both sides."""
+def _shards(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    if not (found := sorted(path.glob("*.safetensors"))):
+        raise Refused(f"{path}: a directory without shards (*.safetensors)")
+    return found
+
+
+def split_prompts(runs: Sequence[Run], share: float, purpose: bytes) -> tuple[list[Run], list[Run]]:
+    """(the rest, `share` for `purpose`): by prompt, for ever the same, so that no prompt is on both sides."""
     bound = share * 2**64
-    held = [int.from_bytes(hashlib.sha256(b"validation" + run.group).digest()[:8], "big") < bound for run in runs]
+    held = [int.from_bytes(hashlib.sha256(purpose + run.group).digest()[:8], "big") < bound for run in runs]
     return (
         [run for run, is_held in zip(runs, held, strict=True) if not is_held],
         [run for run, is_held in zip(runs, held, strict=True) if is_held],
@@ -172,24 +185,29 @@ def whole_packs(runs: Iterable[Run], tokens: int, skip: int, device: str = "cpu"
         yield pack(batch, device)
 
 
-def equal_packs(runs: Iterable[Run], tokens: int, device: str = "cpu") -> Iterator[Pack]:
-    """Pack runs in their order for training, exactly `tokens` queries each but for the last: a run may be cut in two.
+def equal_pieces(runs: Iterable[Run], tokens: int, rows: int) -> Iterator[list[Piece]]:
+    """Divide runs in their order into packs for training, exactly `tokens` queries each but for the last: a run may be cut in two.
 
     The second piece has its earlier rows' keys again; chains end at the cut. Equal packs make matrix products of few distinct
     shapes, for each of which oneDNN compiles a kernel: with whole runs that took a third of a training step.
+    A pack has at most `rows` rows: long prompts end it early, and the oldest rows of a run longer than that are not seen.
     """
     batch: list[Piece] = []
     for run in runs:
         rest = run.queries(0)
         while len(rest):
-            if batch and not _fits(batch, Piece(run, rest), tokens):
-                yield pack(batch, device)
-                batch = []
             room = tokens - sum(len(piece.queries) for piece in batch)
-            batch.append(Piece(run, rest[:room]))
-            rest = rest[room:]
+            queries = rest[:room]
+            piece = Piece(run, queries, max(0, queries.stop - rows))
+            full = not room or sum(other.rows for other in batch) + piece.rows > rows
+            if batch and (full or run.has_last != batch[0].run.has_last):
+                yield batch
+                batch = []
+                continue
+            batch.append(piece)
+            rest = rest[len(piece.queries) :]
     if batch:
-        yield pack(batch, device)
+        yield batch
 
 
 def _fits(batch: Sequence[Piece], piece: Piece, tokens: int) -> bool:
@@ -202,17 +220,18 @@ def pack(pieces: Sequence[Piece], device: str = "cpu") -> Pack:
     aux, last, next_ids, positions, query_rows, left, label_ids = ([] for _ in range(7))
     spans: list[Span] = []
     keys = asked = 0
-    for run, queries in ((piece.run, piece.queries) for piece in pieces):
-        aux.append(_bf16(run.states[: queries.stop, :AUX_STATES]).flatten(1))
-        next_ids.append(torch.from_numpy(run.ids[1 : queries.stop + 1]))
-        positions.append(torch.arange(run.first_position, run.first_position + queries.stop))
-        query_rows.append(torch.arange(queries.start, queries.stop) + keys)
+    for piece in pieces:
+        run, queries, first = piece.run, piece.queries, piece.first
+        aux.append(_bf16(run.states[first : queries.stop, :AUX_STATES]).flatten(1))
+        next_ids.append(torch.from_numpy(run.ids[first + 1 : queries.stop + 1]))
+        positions.append(torch.arange(run.first_position + first, run.first_position + queries.stop))
+        query_rows.append(torch.arange(queries.start, queries.stop) + (keys - first))
         left.append(torch.arange(len(queries), 0, -1))
         label_ids.append(torch.from_numpy(run.ids[queries.start + 2 : queries.stop + 2]))
         if run.has_last:
             last.append(_bf16(run.states[queries.start + 1 : queries.stop + 1, AUX_STATES]))
-        spans.append(Span(slice(keys, keys + queries.stop), slice(asked, asked + len(queries))))
-        keys += queries.stop
+        spans.append(Span(slice(keys, keys + piece.rows), slice(asked, asked + len(queries))))
+        keys += piece.rows
         asked += len(queries)
 
     def joined(parts: list[Tensor]) -> Tensor:

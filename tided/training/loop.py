@@ -5,22 +5,29 @@ prompts does.
 """
 
 import math
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tided.draft.eagle3 import Eagle3
+from tided.draft.eagle3 import Eagle3, array_of, tensor_of
+from tided.draft.tensors import Array
 from tided.model.errors import Refused
 from tided.model.records import Progress
-from tided.training.data import Pack, Run, equal_packs, mix
+from tided.training import resume
+from tided.training.batches import Batch, Order, prefetched
+from tided.training.data import Pack, Run
 from tided.training.evaluate import evaluate
 from tided.training.losses import Candidates, CandidateSampler, Frozen, labels_of, step_loss
 from tided.training.optimizer import Optimizer
 from tided.training.options import Precision, TrainOptions
+from tided.training.ranks import Ranks, gathered, sharded_as
+from tided.training.resume import Standing
 from tided.training.ttt import Unroll
 
 Report = Callable[[Progress], None]
@@ -46,11 +53,25 @@ def pack_loss(draft: Eagle3, pack: Pack, frozen: Frozen, candidates: Candidates,
     return total
 
 
+class Objective(nn.Module):
+    """`pack_loss` as a module's forward: where FSDP gathers the draft's parameters."""
+
+    def __init__(self, draft: Eagle3, frozen: Frozen, options: TrainOptions) -> None:
+        super().__init__()
+        self.draft = draft
+        self._frozen = frozen
+        self._options = options
+
+    def forward(self, pack: Pack, candidates: Candidates) -> Tensor:
+        return pack_loss(self.draft, pack, self._frozen, candidates, self._options)
+
+
 @dataclass
 class Loop:
-    """The loop and its book-keeping.
+    """The loop and its book-keeping. `job` names the training whose checkpoint, at `checkpoint`, may be taken up and is written.
 
-    After `run`, `draft` holds the trained weights that validated best; whether they beat the parent's is the gate's question.
+    After `run`, `draft` holds the trained weights that validated best, sharded over `ranks`; whether they beat the parent's is the
+    gate's question. `losses` has each step's.
     """
 
     draft: Eagle3
@@ -61,98 +82,148 @@ class Loop:
     validation: Sequence[Run]
     gamma: int
     report: Report
+    checkpoint: Path
+    job: str
+    ranks: Ranks = field(default_factory=Ranks)
 
-    tokens: int = 0  # trained, counted once a pass
-    steps: int = 0
-    train_s: float = 0.0  # of the steps alone
-    start: float = 0.0  # validation acceptance length before training
-    best: float = 0.0
+    at: Standing = field(default_factory=Standing)
+    losses: list[float] = field(default_factory=list)
+    resumed_at: int = 0  # the step of the checkpoint that was taken up
 
     def run(self, budget_s: float) -> None:
-        """Train for at most `budget_s` seconds, validation included. Raises `Refused` when the loss is no longer a number."""
+        """Train for at most `budget_s` seconds in all attempts, validation included. Raises `Refused` when the loss is not a number."""
         options = self.options
         self.draft.lm_head.weight.requires_grad_(options.train_head)
+        objective = Objective(self.draft, self.frozen, options)
+        self.ranks.shard(objective)
         optimizer = Optimizer(self.draft, options)
-        began = checked = time.monotonic()
-        self.start = self._validate()
-        kept = _copy(self.draft)
-        plan = self._planned_tokens()
-        sampler = CandidateSampler([*self.fresh, *self.replay], self.frozen, options.negatives)
-        stale = 0
-        for pack in self._packs():
-            now = time.monotonic()
-            elapsed_s = now - began
-            if elapsed_s >= budget_s or stale >= options.patience:
-                break
-            fraction = max(self.tokens / plan, elapsed_s / budget_s)
-            loss = pack_loss(self.draft, pack, self.frozen, sampler.draw(), options)
-            loss.backward()
-            optimizer.step(fraction)
-            self._account(pack, float(loss.detach()), time.monotonic() - now)
-            self._tell(float(loss.detach()), fraction, elapsed_s)
-            if self.validation and time.monotonic() - checked >= options.validation_interval_s:
-                stale, kept = self._select(stale, kept)
-                checked = time.monotonic()
+        kept = self._resumed(optimizer)
+        if kept is None:
+            self.at.start = self._validate(objective)
+            kept = _copy(self.draft)
+        order = Order(self.fresh, self.replay, options, self.ranks.rank, self.ranks.count)
+        plan = order.planned_tokens()
+        sampler = CandidateSampler([*self.fresh, *self.replay], self.frozen, options.negatives, options.seed)
+        began = time.monotonic() - self.at.elapsed_s
+        checked = saved = self.at.elapsed_s
+        with closing(prefetched(order.batches(self.at.steps))) as batches:
+            for batch in batches:
+                now = time.monotonic()
+                self.at.elapsed_s = self.ranks.told(now - began)
+                if self.at.elapsed_s >= budget_s or self.at.stale >= options.patience:
+                    break
+                fraction = max(self.at.tokens / plan, self.at.elapsed_s / budget_s)
+                loss = self._loss(objective, batch, sampler.draw(self.at.steps))
+                optimizer.step(fraction)
+                self._account(batch, loss, time.monotonic() - now)
+                self._tell(loss, fraction)
+                if self.validation and self.at.elapsed_s - checked >= options.validation_interval_s:
+                    kept = self._select(objective, kept)
+                    checked = self.ranks.told(time.monotonic() - began)
+                if self.at.elapsed_s - saved >= options.checkpoint_interval_s:
+                    self._save(optimizer, kept)
+                    saved = self.at.elapsed_s
         if self.validation:
-            _, kept = self._select(stale, kept)
-            self.draft.load_state_dict(kept)
+            self.draft.load_state_dict(self._select(objective, kept))
 
     def metrics(self) -> dict[str, float]:
         """Figures for the job's result."""
         return {
-            "steps": float(self.steps),
-            "train_s": self.train_s,
-            "tokens_per_s": self.tokens / self.train_s if self.train_s else 0.0,
-            "validation_start": self.start,
-            "validation_best": self.best,
+            "steps": float(self.at.steps),
+            "resumed_at": float(self.resumed_at),
+            "train_s": self.at.train_s,
+            "tokens_per_s": self.at.tokens / self.at.train_s if self.at.train_s else 0.0,
+            "validation_start": self.at.start,
+            "validation_best": self.at.best,
         }
 
-    def _packs(self) -> Iterator[Pack]:
-        rng = random.Random(self.options.seed)
-        for _ in range(self.options.passes):
-            runs = mix(self.fresh, self.replay, self.options.replay_share, rng)
-            yield from equal_packs(runs, self.options.batch_tokens, self.options.device)
+    def _loss(self, objective: Objective, batch: Batch, candidates: Candidates) -> float:
+        """The batch's loss a token, its gradients added up. FSDP takes the mean over processes, where the sum is wanted."""
+        total = 0.0
+        for pack, share in batch.packs:
+            loss = objective(pack, candidates) * (share * self.ranks.count)
+            loss.backward()
+            total += float(loss.detach()) / self.ranks.count
+        return self.ranks.total(total)
 
-    def _planned_tokens(self) -> float:
-        fresh = sum(len(run.queries(0)) for run in self.fresh)
-        spare = sum(len(run.queries(0)) for run in self.replay)
-        share = self.options.replay_share
-        return self.options.passes * (fresh + min(spare, fresh * share / (1 - share)))
-
-    def _validate(self) -> float:
+    def _validate(self, objective: Objective) -> float:
         if not self.validation:
             return 0.0
         autocast = self.options.precision is Precision.BF16
-        return evaluate(self.draft, self.validation, self.frozen, self.gamma, autocast).length
+        length = 0.0
+        with self.ranks.whole(objective):
+            if self.ranks.leads:
+                length = evaluate(self.draft, self.validation, self.frozen, self.gamma, autocast).length
+        return self.ranks.told(length)
 
-    def _select(self, stale: int, kept: dict[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
-        """Validate; the count of validations without a gain, and the best weights so far."""
-        length = self._validate()
-        if length <= self.best:
-            return stale + 1, kept
-        self.best = length
-        return 0, _copy(self.draft)
+    def _select(self, objective: Objective, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Validate, count validations without a gain, and return the best weights so far."""
+        length = self._validate(objective)
+        if length <= self.at.best:
+            self.at.stale += 1
+            return kept
+        self.at.best, self.at.stale = length, 0
+        return _copy(self.draft)
 
-    def _account(self, pack: Pack, loss: float, seconds: float) -> None:
+    def _save(self, optimizer: Optimizer, kept: Mapping[str, Tensor]) -> None:
+        """Write the checkpoint: process 0 does, of what all give."""
+        tensors: dict[str, Array] = {"losses": np.array(self.losses, np.float32)}
+        tensors |= {f"draft.{name}": _array(value) for name, value in self.draft.state_dict().items()}
+        tensors |= {f"optimizer.{name}": _array(value) for name, value in optimizer.state().items()}
+        if self.validation:
+            tensors |= {f"best.{name}": array_of(gathered(value)) for name, value in kept.items()}
+        if self.ranks.leads:
+            resume.save(self.checkpoint, self.job, self.at, tensors)
+
+    def _resumed(self, optimizer: Optimizer) -> dict[str, Tensor] | None:
+        """Take up the checkpoint, if there is one: returns the best weights so far."""
+        found = resume.load(self.checkpoint, self.job)
+        if found is None:
+            return None
+        self.at, tensors = found
+
+        def part(name: str) -> dict[str, Array]:
+            return {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
+
+        self.resumed_at = self.at.steps
+        self.losses = tensors["losses"].tolist()
+        self.draft.load_state_dict(_placed(part("draft."), self.draft))
+        optimizer.restore(part("optimizer."))
+        return _placed(part("best."), self.draft) if self.validation else _copy(self.draft)
+
+    def _account(self, batch: Batch, loss: float, seconds: float) -> None:
         if not math.isfinite(loss):
             raise Refused(
-                f"training diverged in step {self.steps + 1}: the loss is not a number; lower the learning rate"
+                f"training diverged in step {self.at.steps + 1}: the loss is not a number; lower the learning rate"
             )
-        self.tokens += pack.tokens
-        self.steps += 1
-        self.train_s += seconds
+        self.at.tokens += batch.tokens
+        self.at.steps += 1
+        self.at.train_s += seconds
+        self.losses.append(loss)
 
-    def _tell(self, loss: float, fraction: float, elapsed_s: float) -> None:
+    def _tell(self, loss: float, fraction: float) -> None:
         self.report(
             Progress(
                 fraction=0.95 * min(1.0, fraction),
-                note=f"step {self.steps}",
+                note=f"step {self.at.steps}",
                 loss=loss,
-                accept_length=self.best or self.start or None,
-                tokens_per_s=self.tokens / self.train_s,
-                eta_s=elapsed_s * (1 - fraction) / fraction if fraction > 0 else -1.0,
+                accept_length=self.at.best or self.at.start or None,
+                tokens_per_s=self.at.tokens / self.at.train_s,
+                eta_s=self.at.elapsed_s * (1 - fraction) / fraction if fraction > 0 else -1.0,
             )
         )
+
+
+def _array(tensor: Tensor) -> Array:
+    return gathered(tensor.detach()).cpu().numpy()
+
+
+def _placed(arrays: Mapping[str, Array], draft: Eagle3) -> dict[str, Tensor]:
+    """A state of `draft` from whole arrays, sharded as `draft` is. Raises `Refused` when they do not fit it."""
+    state = draft.state_dict()
+    if {name: tuple(value.shape) for name, value in state.items()} != {name: a.shape for name, a in arrays.items()}:
+        raise Refused("the checkpoint to resume from holds other tensors than the draft has")
+    return {name: sharded_as(tensor_of(arrays[name]).to(like.dtype), like) for name, like in state.items()}
 
 
 def _copy(draft: Eagle3) -> dict[str, Tensor]:

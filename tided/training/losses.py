@@ -5,6 +5,7 @@ the target itself is never run. Labels outside the draft vocabulary weigh nothin
 """
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +24,16 @@ from tided.training.data import Pack, Run
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """The target's matrices that training reads, BF16: embedding [vocab, H], its head's rows for the draft vocabulary."""
+    """The target's matrices that training reads, in one dtype: embedding [vocab, H], its head's rows for the draft vocabulary."""
 
     embedding: Tensor
     head: Tensor  # [draft_vocab, H]
     draft_ids: Tensor  # [vocab] int64: a target id's draft id, or -1
 
     @classmethod
-    def read(cls, target_dir: Path, draft: Checkpoint, device: str) -> "Frozen":
+    def read(cls, target_dir: Path, draft: Checkpoint, device: str, dtype: torch.dtype = torch.bfloat16) -> "Frozen":
         """Read them from the target's safetensors files."""
-        embedding = tensor_of(target.read_tensor(target_dir, "model.embed_tokens.weight")).bfloat16().to(device)
+        embedding = tensor_of(target.read_tensor(target_dir, "model.embed_tokens.weight")).to(dtype).to(device)
         return cls._of(embedding, target_dir, draft)
 
     def for_draft(self, target_dir: Path, draft: Checkpoint) -> "Frozen":
@@ -46,14 +47,16 @@ class Frozen:
         inverse[ids] = np.arange(len(ids))
         return cls(
             embedding=embedding,
-            head=tensor_of(target.read_tensor(target_dir, "lm_head.weight")[ids]).bfloat16().to(embedding.device),
+            head=tensor_of(target.read_tensor(target_dir, "lm_head.weight")[ids])
+            .to(embedding.dtype)
+            .to(embedding.device),
             draft_ids=torch.from_numpy(inverse).to(embedding.device),
         )
 
 
-def whole_head(target_dir: Path, device: str) -> Tensor:
-    """The target's head [vocab, H], BF16: for what needs its probabilities over all tokens."""
-    return tensor_of(target.read_tensor(target_dir, "lm_head.weight")).bfloat16().to(device)
+def whole_head(target_dir: Path, device: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The target's head [vocab, H]: for what needs its probabilities over all tokens."""
+    return tensor_of(target.read_tensor(target_dir, "lm_head.weight")).to(dtype).to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +72,12 @@ class Candidates:
 
 
 class CandidateSampler:
-    """Sampled softmax: every draft token that occurs in the samples, and a fresh draw of `negatives` others for each pack.
+    """Sampled softmax: every draft token that occurs in the samples, and a fresh draw of `negatives` others for each step.
 
     A workload uses about a tenth of its draft vocabulary; the head over all of it would be half of a training step.
     """
 
-    def __init__(self, runs: Sequence[Run], frozen: Frozen, negatives: int) -> None:
+    def __init__(self, runs: Sequence[Run], frozen: Frozen, negatives: int, seed: int = 0) -> None:
         occurs = torch.zeros(len(frozen.draft_ids), dtype=torch.bool)
         for run in runs:
             occurs[torch.from_numpy(run.ids)] = True
@@ -87,10 +90,12 @@ class CandidateSampler:
         unseen[self._seen] = False
         self._others = unseen.nonzero().squeeze(1)
         self._negatives = min(negatives, len(self._others))
+        self._seed = seed
 
-    def draw(self) -> Candidates:
-        """The candidates of one pack, from torch's default generator."""
-        drawn = self._others[torch.randperm(len(self._others))[: self._negatives]]
+    def draw(self, step: int = 0) -> Candidates:
+        """The candidates of one step, by its number: the same in every process, and when training goes on from a checkpoint."""
+        generator = torch.Generator().manual_seed(random.Random(f"{self._seed} {step}").getrandbits(32))
+        drawn = self._others[torch.randperm(len(self._others), generator=generator)[: self._negatives]]
         ids = torch.cat([self._seen, drawn])
         index = torch.full((self._size,), -1)
         index[ids] = torch.arange(len(ids))
@@ -115,8 +120,9 @@ def labels_of(pack: Pack, frozen: Frozen, candidates: Candidates) -> Labels:
     ids = torch.where(ids >= 0, candidates.index[ids.clamp(min=0)], -1)
     if pack.last is None:
         return Labels(ids, None)
-    logits = (pack.last @ frozen.head[candidates.ids].T).float() + candidates.correction
-    return Labels(ids, torch.softmax(logits, -1).bfloat16())
+    head = frozen.head[candidates.ids]
+    logits = (pack.last.to(head.dtype) @ head.T).float() + candidates.correction
+    return Labels(ids, torch.softmax(logits, -1).to(head.dtype))
 
 
 class _SoftCrossEntropy(Function):

@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
+import torch
+
 from tided.model.codec import from_plain, to_plain
 from tided.model.errors import Refused
 from tided.model.records import Recipe
@@ -15,8 +17,26 @@ class OptimizerName(StrEnum):
 
 
 class Precision(StrEnum):
+    """`usable` gives what a device can do of it."""
+
     BF16 = "bf16"  # matmuls only; master weights, norms, softmax and optimizer are float32
     FP32 = "fp32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the target's matrices and of samples while they are computed with."""
+        return torch.bfloat16 if self is Precision.BF16 else torch.float32
+
+
+def usable(precision: Precision, device: str) -> Precision:
+    """`precision`, or FP32 where `device` has no arithmetic in BF16. Processors that only emulate it are faster in FP32."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        known = any("bf16" in name and present for name, present in torch.cpu.get_capabilities().items())
+    else:
+        ask = getattr(torch.get_device_module(kind), "is_bf16_supported", None)
+        known = ask is None or bool(ask())
+    return precision if known else Precision.FP32
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +49,9 @@ class TrainOptions:
     warmup_fraction: float = 0.05
     final_fraction: float = 0.05  # of the learning rate, at the end of the cosine
     passes: int = 8  # over the fresh samples, at most; the budget may end it earlier
-    batch_tokens: int = 128  # tokens a step
+    batch_tokens: int = 128  # tokens a pack: with `pack_rows` it bounds the memory of a step
+    pack_rows: int = 8192  # rows a pack, prompts included; of a longer run the earliest rows are left out
+    packs: int = 1  # a step: one after the other (gradients are accumulated), or shared by that many processes
     unroll_steps: int = 4
     step_decay: float = 0.8
     negatives: int = 512  # draft tokens that occur in no sample, drawn afresh for each step's softmax
@@ -41,6 +63,8 @@ class TrainOptions:
     validation_interval_s: float = 15.0
     patience: int = 6  # validations without a gain before training stops
     held_out_tokens: int = 12_000  # of the held-out shards, scored at most
+    held_out_share: float = 0.0  # of the shards' prompts, held out where a job has no held-out shards
+    checkpoint_interval_s: float = 120.0  # between checkpoints to resume from; a shorter job writes none
     adapt_vocabulary: bool = False  # re-select the draft vocabulary; only for engines that can swap it
     precision: Precision = Precision.BF16
     threads: int = 1
@@ -62,12 +86,18 @@ def options_for(recipe: Recipe, given: dict[str, Any]) -> TrainOptions:
         value = getattr(options, field.name)
         if isinstance(value, int | float) and value < 0:
             raise Refused(f"options.{field.name}: must not be negative, got {value}")
-    for name in ("passes", "batch_tokens", "unroll_steps", "threads", "clip", "validation_interval_s", "patience"):
+    for name in (
+        *("passes", "batch_tokens", "packs", "unroll_steps", "threads", "clip"),
+        *("validation_interval_s", "patience"),
+    ):
         if not getattr(options, name):
             raise Refused(f"options.{name}: must be above 0")
-    for name in ("warmup_fraction", "final_fraction", "step_decay", "replay_share", "validation_share"):
+    shares = ("replay_share", "validation_share", "held_out_share")
+    for name in ("warmup_fraction", "final_fraction", "step_decay", *shares):
         if getattr(options, name) > 1:
             raise Refused(f"options.{name}: must be in 0..1, got {getattr(options, name)}")
-    if options.replay_share == 1 or options.validation_share == 1:
-        raise Refused("options: replay_share and validation_share must leave something to train on")
+    if any(getattr(options, name) == 1 for name in shares):
+        raise Refused(f"options: {', '.join(shares)} must leave something to train on")
+    if options.pack_rows < options.batch_tokens + 1:
+        raise Refused("options.pack_rows: must exceed batch_tokens; a pack's tokens are rows of it")
     return options

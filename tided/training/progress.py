@@ -15,11 +15,12 @@ from tided.model.records import JobResult, Progress
 class Reporter:
     """Writes the newest progress once a second from a thread of its own, so that a long step never looks like a dead trainer.
 
-    `close` (or leaving the context) ends the thread before the last line is written.
+    Leaving the context ends the thread before the last line is written. `quiet`: one of several processes that says nothing.
     """
 
-    def __init__(self, stream: TextIO | None = None, interval_s: float = 1.0) -> None:
+    def __init__(self, stream: TextIO | None = None, interval_s: float = 1.0, quiet: bool = False) -> None:
         self._stream = stream or sys.stdout
+        self._quiet = quiet
         self._interval_s = interval_s
         self._lock = threading.Lock()
         self._newest = Progress(0.0, "starting")
@@ -43,7 +44,7 @@ class Reporter:
             self._newest, self._at = progress, time.monotonic()
 
     def _run(self) -> None:
-        while not self._closed.wait(self._interval_s):
+        while not self._closed.wait(self._interval_s) and not self._quiet:
             with self._lock:
                 newest, age_s = self._newest, time.monotonic() - self._at
             if newest.eta_s >= 0:

@@ -117,7 +117,7 @@ def _labels(pack: Pack, frozen: Frozen, head: Tensor, temperatures: Sequence[flo
     likelihoods = torch.empty_like(norms)
     for start in range(0, pack.tokens, _HEAD_ROWS):
         rows = slice(start, start + _HEAD_ROWS)
-        whole = (pack.last[rows] @ head.T).float()
+        whole = (pack.last[rows].to(head.dtype) @ head.T).float()
         label = whole.gather(1, pack.label_ids[rows].unsqueeze(1)).squeeze(1)
         logits[rows] = whole[:, targets]
         for i, temperature in enumerate(temperatures):

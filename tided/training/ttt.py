@@ -5,13 +5,15 @@ Pass 0 reads the true states. Pass k >= 1 reads the previous pass's `pre`, the t
 exactly the cache that an engine has at that moment. Prompt rows only give keys and values: nothing asks them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from tided.draft.eagle3 import Eagle3
 from tided.training.data import Pack, Span
+
+_MAX_SCORES = 1 << 26  # float32 attention scores at once
 
 
 class Unroll:
@@ -51,7 +53,7 @@ class Unroll:
 
     def _attend_and_finish(self, h: Tensor, q: Tensor) -> Tensor:
         rows = self._pack.query_rows[self.active]
-        spans = _narrow(self._pack.spans, self.active)
+        spans = [part for span in _narrow(self._pack.spans, self.active) for part in _bounded(span, q.shape[1])]
         out = attend(q, self._keys, self._values, self._own, rows, spans)
         return self._draft.finish(h, out.to(h.dtype)).to(h.dtype)
 
@@ -65,6 +67,13 @@ def _narrow(spans: Sequence[Span], active: Tensor) -> list[Span]:
         for span, start, stop in zip(spans, bounds[:-1], bounds[1:], strict=True)
         if stop > start
     ]
+
+
+def _bounded(span: Span, heads: int) -> Iterator[Span]:
+    """`span` in parts of its queries, each with at most `_MAX_SCORES` scores: a long run is not a large matrix."""
+    most = max(1, _MAX_SCORES // (heads * (span.keys.stop - span.keys.start)))
+    for start in range(span.queries.start, span.queries.stop, most):
+        yield Span(span.keys, slice(start, min(start + most, span.queries.stop)))
 
 
 def attend(

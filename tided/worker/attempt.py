@@ -2,11 +2,8 @@
 
 import json
 import os
-import shutil
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -16,9 +13,10 @@ from tided.machine.job import Verdict
 from tided.model import failpoints
 from tided.model.codec import from_plain, to_plain
 from tided.model.errors import Conflict, Refused, TideError, Unavailable
-from tided.model.records import JobResult, JobSpec, Progress
+from tided.model.records import JobKind, JobResult, JobSpec, Progress
 from tided.store.jobs import Claim, JobStore, TooLarge
 from tided.store.lease import MARGIN, boottime_s
+from tided.worker import leftovers
 from tided.worker.process import TrainerProcess, describe_exit
 from tided.worker.settings import WorkerSettings, trainer_environment
 
@@ -75,7 +73,7 @@ class Attempt:
         self._until_s = claimed_s + self._usable_s
         self._progress: Progress | None = None
         self._outcome: Outcome | None = None
-        self._directory = (settings.work_dir / claim.job.id / f"attempt-{claim.attempt}").absolute()
+        self._directory = leftovers.attempt_dir(settings.work_dir, claim.job.id, claim.attempt)
         self._log = _log.bind(job=claim.job.id, kind=claim.job.spec.kind.value, attempt=claim.attempt)
 
     async def run(self) -> None:
@@ -91,8 +89,7 @@ class Attempt:
             # Also when the agent itself is being cancelled: the job should not have to wait for its lease to run out.
             with anyio.CancelScope(shield=True):
                 await self._commit(outcome)
-                if not (isinstance(outcome, Succeeded) and outcome.result.staged):
-                    await anyio.to_thread.run_sync(_remove, self._directory)
+                await anyio.to_thread.run_sync(self._tidy, outcome)
 
     async def _work(self) -> Outcome:
         try:
@@ -128,6 +125,8 @@ class Attempt:
         try:
             self._directory.mkdir(parents=True)
             spec_file.write_text(json.dumps(to_plain(on_this_host(self._claim.job.spec, self._settings))))
+            if self._claim.job.spec.kind is JobKind.TRAIN and leftovers.take_up(self._directory):
+                self._log.info("attempt-resumes")
         except OSError as exc:
             raise Unavailable(
                 f"{self._directory}: cannot be written ({exc.strerror}); free space on the worker"
@@ -226,6 +225,20 @@ class Attempt:
             self._log.warning("attempt-lost", outcome=type(outcome).__name__)
             return
 
+    def _tidy(self, outcome: Outcome) -> None:
+        """Keep what was staged, and what another attempt may go on from."""
+        match outcome:
+            case Succeeded(result):
+                leftovers.remove_others(self._directory)
+                keep = bool(result.staged)
+            case GivenBack() | LeaseLost() | Failed(retryable=True):
+                keep = leftovers.may_resume(self._directory)
+            case Failed() | Cancelled():
+                leftovers.remove_others(self._directory)
+                keep = False
+        if not keep:
+            leftovers.remove(self._directory)
+
     async def _report(self, outcome: Outcome) -> None:
         match outcome:
             case Succeeded(result):
@@ -249,9 +262,3 @@ def on_this_host(spec: JobSpec, settings: WorkerSettings) -> JobSpec:
 
 def _told(outcome: Outcome) -> dict[str, Any]:
     return {"error": outcome.error, "retryable": outcome.retryable} if isinstance(outcome, Failed) else {}
-
-
-def _remove(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    with suppress(OSError):  # other attempts of the job may be there
-        directory.parent.rmdir()

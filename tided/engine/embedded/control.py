@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+import tided
 from tided.draft import checkpoint
 from tided.draft.checkpoint import Checkpoint
 from tided.draft.eagle3 import Eagle3
@@ -77,6 +78,7 @@ class EmbeddedControl:
             epoch=0,
             profile=self.profile,
             pid=os.getpid(),
+            build=f"tided {tided.__version__}",
         )
 
     def apply(self, body: Body) -> dict[str, Any]:

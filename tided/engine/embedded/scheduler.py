@@ -422,6 +422,7 @@ class Scheduler:
             accepted=running.accepted,
             version=self.version,
             temperature=running.request.params.plain,
+            cached_tokens=0,  # it has no prefix cache
         )
 
 
@@ -440,4 +441,4 @@ def _groups(lengths: list[int]) -> list[int]:
 
 
 def _stats(request: Request, output_tokens: int, version: str) -> RequestStats:
-    return RequestStats(len(request.prompt), output_tokens, 0, 0, 0, version, request.params.plain)
+    return RequestStats(len(request.prompt), output_tokens, 0, 0, 0, version, request.params.plain, 0)

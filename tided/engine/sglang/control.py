@@ -9,6 +9,7 @@ from typing import Any
 
 from tided.engine.agent import Counters
 from tided.engine.boundary import Boundary
+from tided.engine.plugin import build_of
 from tided.engine.sglang.profile import StepTimer, measure
 from tided.engine.sglang.steps import Schedule, StepBook
 from tided.engine.sglang.weights import DraftWeights, Staged
@@ -75,6 +76,7 @@ class SglangControl:
             epoch=0,
             profile=self._profile,
             pid=os.getpid(),
+            build=build_of("sglang"),
         )
 
     def apply(self, body: Body) -> dict[str, Any]:

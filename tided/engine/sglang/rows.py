@@ -183,6 +183,7 @@ class RowTap:
                 accepted=tracked.accepted,
                 version=self._version(),
                 temperature=plain_temperature(request.sampling_params),
+                cached_tokens=getattr(request, "cached_tokens", None),
             )
         )
 

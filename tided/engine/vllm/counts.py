@@ -26,6 +26,7 @@ class _Request:
     spec_steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    cached: int | None = None
 
     def add(self, drafted: int, accepted: int) -> None:
         self.spec_steps += 1
@@ -125,6 +126,9 @@ class SchedulerCounts:
         accepted: defaultdict[int, list[tuple[str, int]]] = defaultdict(list)
         for request_id, tokens in scheduled.num_scheduled_tokens.items():
             request = self._scheduler.requests.get(request_id)
+            prefill = getattr(request, "prefill_stats", None)  # vLLM takes it away with the first token
+            if prefill is not None and prefill.num_prompt_tokens:
+                self._requests.setdefault(request_id, _Request()).cached = int(prefill.num_cached_tokens)
             emitted = sampled[output.req_id_to_index[request_id]]
             if request is None or request.is_finished() or not emitted:
                 continue
@@ -164,6 +168,7 @@ class SchedulerCounts:
             accepted=counts.accepted,
             version=self._version(),
             temperature=plain_temperature(request.sampling_params),
+            cached_tokens=counts.cached,
         )
         with self._lock:
             self._finished.append(stats)

@@ -1,0 +1,360 @@
+"""Has the traffic moved, or is the engine at fault? One engine's newest fall of acceptance, and what has been found out about it.
+
+A fall alone says neither. So it opens a question, and while that is open nothing is trained: the draft that serves is scored on what was
+captured since the fall began, and the answer is DRIFT when it scores as low as it serves, FAULT when it scores surely more. A fall
+is the trend's (`tided.policies.training`) or newest requests that are surely below what the draft is expected to give: what its gate's
+evaluation said of greedy requests, or what its own newest score said. Where the speculation policy has stopped drafting meanwhile,
+too little is served to compare; then it is DRIFT if the score has fallen by most of what the newest requests have, and if it has
+not, some requests must be drafted for (`held`). A question that nobody could answer in time is answered LATE, and taken for drift: a
+missing worker must not keep a target from training for ever.
+
+Without a fall the draft is scored now and then all the same, one temperature after the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from math import sqrt
+
+from tided.model.records import Evaluation, RequestStats, SamplingScore
+from tided.policies.faults import (
+    MARGIN,
+    MIN_PROMPTS,
+    MIN_SCORED_STEPS,
+    SURE,
+    Comparison,
+    ServedClass,
+    ServedClasses,
+    Verdict,
+    accepted_at,
+    compare,
+    ratio,
+)
+from tided.policies.speedup import alpha_from_length
+
+NEWEST = (8, 16, 32)
+"""So many newest requests of one temperature are held against what is expected."""
+LEAST_STEPS = 60
+"""Drafting steps of the newest requests, where few steps of a request draft."""
+EXPLAINED = 0.7
+"""Share of the trend's fall that the score's must reach to be its cause."""
+LATEST = 4
+"""Requests on each side, at least, of the moment at which acceptance fell,"""
+LOOKBACK_MS = 15_000
+"""and how long ago it is looked for."""
+RESPITE = 10
+"""Once training has waited in vain and no score came, it waits for none, for so many times as long."""
+TOKENS, MANY_TOKENS = 4_000, 8_000
+"""Tokens that are scored at most, now and then and to answer a question: seconds of one core, for it needs the target's whole head."""
+RARE = 0.01
+"""Share of the requests below which a temperature is hardly served any more."""
+
+
+class Answer(StrEnum):
+    NONE = ""  # nothing has fallen
+    OPEN = "open"
+    DRIFT = "drift"
+    FAULT = "fault"
+    LATE = "late"
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the draft is expected to give at a temperature. `error`: its standard error, as a share; `own`: by a score on this engine's
+    samples, and not by its gate's evaluation, which is of all engines of the target."""
+
+    temperature: float
+    conditional: tuple[float, ...]
+    error: float
+    own: bool = False
+
+    @classmethod
+    def by_gate(cls, evaluation: Evaluation) -> "Expected":
+        """Of greedy requests: the evaluation is greedy."""
+        accepted = [(length - 1.0) * n for length, n in zip(evaluation.lengths, evaluation.tokens, strict=True)]
+        mean, error = ratio(accepted, [float(n) for n in evaluation.tokens])
+        return cls(0.0, evaluation.conditional, error / mean if mean > 0.0 else 0.0)
+
+    @classmethod
+    def by_score(cls, score: SamplingScore) -> "Expected":
+        mean, error = ratio(score.accepted, score.steps)
+        return cls(score.temperature, score.conditional, error / mean if mean > 0.0 else 0.0, own=True)
+
+    @property
+    def alpha(self) -> float:
+        gamma = len(self.conditional)
+        return alpha_from_length(1.0 + accepted_at(self.conditional, gamma), gamma)
+
+    def missed_by(self, served: ServedClass) -> bool:
+        """Whether newest requests, few or more of them, surely accept less. A version that nobody has scored here yet must answer for those
+        that a probe only touched, too: it may accept so little that it is not drafted with any more."""
+        requests = [stats for _, stats in (served.whole if self.own else served.drafted)]
+        return any(len(requests) >= count and self._missed(requests[-count:]) for count in NEWEST)
+
+    def _missed(self, newest: Sequence[RequestStats]) -> bool:
+        steps = [float(stats.spec_steps) for stats in newest]
+        got, error = ratio([float(stats.accepted) for stats in newest], steps)
+        could = [accepted_at(self.conditional, stats.drafted / stats.spec_steps) for stats in newest]
+        mean = sum(n * value for n, value in zip(steps, could, strict=True)) / sum(steps)
+        # Student's t at the same chance, to first order: the error of few requests is itself not sure.
+        sure = SURE + (SURE**3 + SURE) / (4.0 * (len(newest) - 1))
+        return mean - got > max(MARGIN * mean, sure * sqrt(error**2 + (mean * self.error) ** 2))
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """What is known of one version in one life of an engine.
+
+    `job`: the score under way; `temperature`: of the newest that was asked for; `since_ms`: of the requests and samples that it is
+    about. `low`: temperatures that are below their trend or their expectation. `fell_ms`: when the fall in question was noticed (where
+    nobody scores, the oldest), `onset_ms`: when it began, by the requests; `fell`: its temperatures; `heard`: a score came since.
+    `suspected`: by temperature, as last judged. `held`: no score can explain the fall unless a token is drafted in every step for a while.
+    """
+
+    incarnation: str = ""
+    version: str = ""
+    job: str = ""
+    temperature: float = -1.0
+    since_ms: int = 0
+    asked_ms: int = 0
+    suspected: tuple[Comparison, ...] = ()
+    sound: tuple[float, ...] = ()  # the temperatures that agreed with the newest score
+    expected: tuple[Expected, ...] = ()
+    low: tuple[float, ...] = ()
+    trending: bool = False  # whether the trend is among what fell
+    fell: tuple[float, ...] = ()
+    fell_ms: int = 0
+    onset_ms: int = 0
+    held: bool = False
+    heard: bool = False
+    answer: Answer = Answer.NONE
+
+    @property
+    def questioned(self) -> bool:
+        """Whether a fall waits for its explanation."""
+        return self.answer is Answer.OPEN
+
+    @property
+    def drifted(self) -> bool:
+        """Whether the traffic has moved, as far as anybody can say."""
+        return self.answer in (Answer.DRIFT, Answer.LATE)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """`every_ms`: between two scores without a fall, 0 for none at all; `again_ms`: between two while a question is open; `wait_ms`: how
+    long training waits for the answer."""
+
+    every_ms: int = 300_000
+    again_ms: int = 10_000
+    wait_ms: int = 120_000
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A score that could say something: of requests and samples since then. `tokens`: how many of them."""
+
+    temperature: float
+    since_ms: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What is to be told: of a comparison, or (None) that a question found no answer in time."""
+
+    kind: str
+    found: Comparison | None = None
+
+
+class Cause(StrEnum):
+    """Where a fault is, as far as the temperatures tell: what is wrong with the draft or its features shows in greedy requests too."""
+
+    DRAFT = "draft"
+    SAMPLING = "sampling"
+    LIKELIEST = "likeliest"  # sampled requests accept what greedy drafting would give: it is that, or sampling
+    EITHER = "either"
+
+
+def cause(found: Comparison, state: Suspicion) -> Cause:
+    """Of what `state` has found, by the newest score."""
+    if 0.0 in {found.temperature, *(item.temperature for item in state.suspected)}:
+        return Cause.DRAFT
+    if 0.0 not in state.sound:
+        return Cause.EITHER
+    near = abs(found.served - found.likeliest) < min((found.scored - found.served) / 2.0, 2.0 * found.error)
+    return Cause.LIKELIEST if near else Cause.SAMPLING
+
+
+def look(
+    state: Suspicion,
+    served: ServedClasses,
+    falls: Sequence[float | None],
+    now_ms: int,
+    rules: Rules,
+    *,
+    judgeable: bool,
+) -> tuple[Suspicion, tuple[News, ...]]:
+    """Take in what is low now. `falls`: temperatures (None: not told) whose trend has fallen; `judgeable`: the engine can be scored."""
+    falls = [fall for fall in falls if fall is None or not _rare(served, fall)]
+    if not judgeable or not rules.every_ms:
+        return replace(state, low=(), suspected=(), answer=Answer.LATE if falls else Answer.NONE), ()
+    trending = {fall for fall in falls if fall is not None}
+    missed = {e.temperature for e in state.expected if (s := served.classes.get(e.temperature)) and e.missed_by(s)}
+    low = tuple(sorted(trending | missed))
+    suspected = tuple(found for found in state.suspected if not _rare(served, found.temperature))
+    after, news = replace(state, low=low, suspected=suspected), list[News]()
+    if after.answer is Answer.FAULT and not suspected:
+        after = replace(after, answer=Answer.NONE)
+    if set(low) - set(state.low) and after.answer not in (Answer.OPEN, Answer.FAULT):
+        onset_ms = max(_onset_ms(served.classes[at], now_ms) for at in low)
+        silent = after.fell_ms > 0 and not after.heard and now_ms - after.fell_ms < (1 + RESPITE) * rules.wait_ms
+        fell_ms = after.fell_ms if silent else now_ms
+        after = replace(after, fell=low, fell_ms=fell_ms, onset_ms=onset_ms, trending=False, answer=Answer.OPEN)
+        after = replace(after, heard=False, held=False)
+    elif not low and after.drifted:
+        after = replace(after, answer=Answer.NONE)
+    if after.answer is Answer.OPEN:
+        # A trend hovers about its threshold: what was sure once is to be explained, whatever it does next.
+        after = replace(after, trending=after.trending or bool(trending & set(after.fell)))
+        if now_ms - after.fell_ms >= rules.wait_ms:
+            after = replace(after, held=False, answer=Answer.LATE if after.trending else Answer.NONE)
+            news += [News("acceptance-unexplained")] if after.trending else []
+    elif after.answer is Answer.FAULT:
+        # Whether it is mended only requests can tell that are drafted for: now and then they are.
+        after = replace(after, held=after.held or now_ms - after.asked_ms >= rules.every_ms)
+    elif after.answer is Answer.NONE and None in falls:
+        after = replace(after, answer=Answer.LATE)
+    return after, tuple(news)
+
+
+def wish(state: Suspicion, served: ServedClasses, now_ms: int, rules: Rules) -> Wish | None:
+    """The score to ask for now, if one could say something."""
+    if state.job or not rules.every_ms:
+        return None
+    waited_ms = now_ms - state.asked_ms
+    if state.answer in (Answer.OPEN, Answer.LATE) and state.fell:
+        every_ms = rules.again_ms if state.answer is Answer.OPEN else max(rules.again_ms, rules.every_ms // 10)
+        if waited_ms < min(every_ms, rules.every_ms):
+            return None
+        ripe = [at for at in state.fell if (s := served.classes.get(at)) and s.since(state.onset_ms).enough]
+        idle = state.fell if now_ms - state.fell_ms >= rules.again_ms else ()
+        return Wish((*ripe, *idle)[0], state.onset_ms, MANY_TOKENS) if ripe or idle else None
+    if state.answer is Answer.FAULT:
+        since_ms = max(state.asked_ms, state.onset_ms)
+        mended = [i.temperature for i in state.suspected if served.classes[i.temperature].since(since_ms).enough]
+        return (
+            Wish(mended[0], since_ms, MANY_TOKENS)
+            if mended and waited_ms >= min(rules.again_ms, rules.every_ms)
+            else None
+        )
+    if waited_ms < rules.every_ms:
+        return None
+    temperature = served.next_ripe(state.temperature, state.asked_ms)
+    return None if temperature is None else Wish(temperature, served.classes[temperature].since_ms, TOKENS)
+
+
+def asked(state: Suspicion, wanted: Wish, job: str, now_ms: int) -> Suspicion:
+    return replace(state, job=job, temperature=wanted.temperature, since_ms=wanted.since_ms, asked_ms=now_ms)
+
+
+def judge(
+    state: Suspicion, served: ServedClasses, scores: Sequence[SamplingScore]
+) -> tuple[Suspicion, tuple[News, ...]]:
+    """Take in the score that was under way; `scores` is empty when it failed."""
+    found = {
+        score.temperature: compare(served.classes[score.temperature].since(state.since_ms), score)
+        for score in scores
+        if score.temperature in served.classes
+    }
+    suspected, news = {item.temperature: item for item in state.suspected}, list[News]()
+    for temperature, item in found.items():
+        if item.verdict is Verdict.FAULT:
+            if temperature not in suspected:
+                news.append(News("engine-fault-suspected", item))
+            suspected[temperature] = item
+        elif item.verdict is Verdict.SOUND and suspected.pop(temperature, None):
+            news.append(News("engine-fault-cleared", item))
+    new = {score.temperature: Expected.by_score(score) for score in scores if _enough(score)}
+    before = {expected.temperature: expected for expected in state.expected}
+    after = replace(
+        state,
+        job="",
+        heard=state.heard or bool(new),
+        suspected=tuple(suspected[temperature] for temperature in sorted(suspected)),
+        sound=tuple(sorted(at for at, item in found.items() if item.verdict is Verdict.SOUND))
+        if found
+        else state.sound,
+        expected=tuple((before | new)[temperature] for temperature in sorted(before | new)),
+    )
+    if suspected:
+        return replace(after, held=False, answer=Answer.FAULT), tuple(news)
+    # A score that was asked for before the fall is about other requests.
+    about = state.answer in (Answer.OPEN, Answer.LATE) and state.since_ms >= state.onset_ms
+    compared = [found[at] for at in state.fell if at in found and found[at].enough]
+    if about and (all(item.surely_sound for item in compared) if compared else _explained(state, served, before, new)):
+        moved = state.trending or any(_fell(before.get(at), new.get(at)) for at in state.fell)
+        after = replace(after, held=False, answer=Answer.DRIFT if moved else Answer.NONE)
+    elif state.answer is Answer.OPEN:
+        after = replace(after, held=state.held or (about and bool(new) and not compared))
+    elif state.answer is Answer.FAULT:
+        after = replace(after, answer=Answer.DRIFT if state.low else Answer.NONE)
+    return after, tuple(news)
+
+
+def _explained(
+    state: Suspicion, served: ServedClasses, before: dict[float, Expected], new: dict[float, Expected]
+) -> bool:
+    """Whether the draft's score has fallen by most of what the newest requests have, from what was expected before. Those that a probe
+    only touched may accept less than others: then this is not seen, and never seen wrongly."""
+    known = [at for at in state.fell if at in before and at in new]
+    alphas = {at: _newest_alpha(served.classes[at], state.onset_ms) for at in known}
+    return bool(known) and all(
+        alpha is not None and new[at].alpha <= alpha + (1.0 - EXPLAINED) * (before[at].alpha - alpha)
+        for at, alpha in alphas.items()
+    )
+
+
+def _newest_alpha(served: ServedClass, since_ms: int) -> float | None:
+    newest = [stats for at_ms, stats in served.drafted if at_ms >= since_ms][-NEWEST[-1] :]
+    steps = sum(stats.spec_steps for stats in newest)
+    if len(newest) < NEWEST[0] or steps < LEAST_STEPS:
+        return None
+    accepted, drafted = sum(stats.accepted for stats in newest), sum(stats.drafted for stats in newest)
+    return alpha_from_length(1.0 + accepted / steps, drafted / steps)
+
+
+def _fell(before: Expected | None, new: Expected | None) -> bool:
+    """Whether the score itself is surely less than the one before, on this engine's samples."""
+    if before is None or new is None or not before.own:
+        return False
+    old, now = (accepted_at(item.conditional, len(item.conditional)) for item in (before, new))
+    return old - now > max(MARGIN * old, SURE * sqrt((old * before.error) ** 2 + (now * new.error) ** 2))
+
+
+def _enough(score: SamplingScore) -> bool:
+    return len(score.steps) >= MIN_PROMPTS and sum(score.steps) >= MIN_SCORED_STEPS
+
+
+def _rare(served: ServedClasses, temperature: float) -> bool:
+    """What is suspected of a temperature that is hardly served any more cannot be judged again, and keeps nothing from training."""
+    return dict(served.mix()).get(temperature, 0.0) < RARE
+
+
+def _onset_ms(served: ServedClass, now_ms: int) -> int:
+    """When acceptance fell: of the last moments, the one before and after which requests differ most (the likeliest change of a mean), if
+    that is sure; else now: older requests would hide what the newest show."""
+    requests = list(served.whole)
+    values = [stats.accepted / stats.spec_steps for _, stats in requests]
+    total, n = sum(values), len(values)
+    best, at, left = 0.0, 0, 0.0
+    for i, value in enumerate(values[:-LATEST], 1):
+        left += value
+        fall = left / i - (total - left) / (n - i)
+        if i >= LATEST and requests[i][0] >= now_ms - LOOKBACK_MS and fall * sqrt(i * (n - i) / n) > best:
+            best, at = fall * sqrt(i * (n - i) / n), i
+    if not at:
+        return now_ms
+    before, after = sum(values[:at]) / at, sum(values[at:]) / (n - at)
+    scatter = sum((value - (before if i < at else after)) ** 2 for i, value in enumerate(values)) / (n - 1)
+    return requests[at][0] if best > SURE * sqrt(scatter) else now_ms
