@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.samples import shards
 from tided.config import Config
+from tided.draft import checkpoint
 from tided.draft.init import init_draft
 from tided.draft.target import describe
 from tided.model.codec import from_plain, to_plain
@@ -70,7 +71,7 @@ def score(model_dir: Path, drafts: Sequence[Path], held_out: Sequence[str], out:
         target_dir=str(model_dir),
         draft_dir=str(first),
         held_out=tuple(held_out),
-        candidates=tuple(Candidate(str(other), str(other)) for other in others),
+        candidates=tuple(Candidate(checkpoint.load(other).version, str(other)) for other in others),
     )
     result = _run(spec, out)
     assert result.candidate is not None
