@@ -62,12 +62,12 @@ def bursty(seconds: float, seed: int = 0) -> tuple[Stage, ...]:
 
 
 RECORDED: Mapping[str, Traffics] = {
-    "vllm-code-1": Traffics("code, one request at a time", (Stage(300.0, 1),), "stationary"),
-    "vllm-code-8": Traffics("code, eight requests at a time", (Stage(300.0, 8),), "stationary"),
-    "vllm-bursty": Traffics("code, from 1 to 16 requests at a time, in bursts", bursty(400.0)),
+    "vllm-code-1": Traffics("code, one request at a time", (Stage(120.0, 1),), "stationary"),
+    "vllm-code-8": Traffics("code, eight requests at a time", (Stage(150.0, 8),), "stationary"),
+    "vllm-bursty": Traffics("code, from 1 to 16 requests at a time, in bursts", bursty(200.0)),
     "vllm-shift": Traffics(
         "four requests at a time, first code, which the draft knows, then French",
-        (Stage(200.0, 4), Stage(200.0, 4, "french")),
+        (Stage(150.0, 4), Stage(150.0, 4, "french")),
     ),
 }
 
