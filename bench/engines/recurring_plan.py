@@ -43,12 +43,16 @@ class Plan:
 
 
 def full() -> Plan:
-    """The study. An arm is a part of less than 20 minutes."""
+    """The study. An arm is a part of less than 20 minutes; in it trainings are short, so that a domain's first phase holds a few."""
+    changes: dict[str, Mapping[str, Any]] = {
+        "training": {"min_rows": 5000, "budget_s": 60.0, "cool_down_s": 5.0, "short_window": 24},
+        "samples": {"held_out_fraction": 0.35, "shard_age_s": 2.0, "shard_rows": 2048},
+    }
     return Plan(
-        replace(shift_plan.Plan(), parts=(), turns={8: 16}, gamma_max=GAMMA, gamma=GAMMA),
+        replace(shift_plan.Plan(), parts=(), turns={8: 16}, gamma_max=GAMMA, gamma=GAMMA, changes=changes),
         {
-            POOL: (Phase("code", 240), Phase("french", 300), Phase("code", 150), Phase("french", 150)),
-            RETRAIN: (Phase("code", 240), Phase("french", 300), Phase("code", 240)),
+            POOL: (Phase("code", 330), Phase("french", 360), Phase("code", 120), Phase("french", 120)),
+            RETRAIN: (Phase("code", 330), Phase("french", 360), Phase("code", 240)),
         },
     )
 
