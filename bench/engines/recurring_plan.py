@@ -52,7 +52,7 @@ def full() -> Plan:
         replace(shift_plan.Plan(), parts=(), turns={8: 16}, gamma_max=GAMMA, gamma=GAMMA, changes=changes),
         {
             POOL: (Phase("code", 330), Phase("french", 360), Phase("code", 120), Phase("french", 120)),
-            RETRAIN: (Phase("code", 330), Phase("french", 360), Phase("code", 240)),
+            RETRAIN: (Phase("code", 330), Phase("french", 360), Phase("code", 210)),
         },
     )
 
