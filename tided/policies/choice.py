@@ -58,11 +58,12 @@ class Rule:
 
 
 def predictions(seen: SpeculationObservation, acceptance: Acceptance) -> tuple[tuple[float, ...], ...]:
-    """Eq. 5: entry [b - 1][gamma] for every batch size; gamma = 0 alone where there is no draft. Unknown acceptance counts as none."""
+    """Eq. 5 as `speedup_of_length`: entry [b - 1][gamma] for every batch size; gamma = 0 alone where there is no draft. Unknown
+    acceptance counts as none."""
     most = seen.gamma_max if seen.version else 0
     lengths = acceptance.lengths(most)
     return tuple(
-        tuple(length * times[0] / time for length, time in zip(lengths, times, strict=True))
+        tuple(length * min(times[0] / time, 1.0) for length, time in zip(lengths, times, strict=True))
         for times in steps_s(seen.profile, seen.max_batch, most)
     )
 

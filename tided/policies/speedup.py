@@ -157,7 +157,7 @@ def smoothed(profile: LatencyProfile) -> LatencyProfile:
     """The profile without spikes: a time is lowered to `DIP` times the least one at or beyond it, where it is above that.
 
     More work takes hardly less, so what says so is noise: disturbances only ever lengthen a measurement. But a processor's kernel for one
-    or two rows can be slower than the one for four. After this no speedup can exceed E[l] times `DIP`.
+    or two rows can be slower than the one for four.
     """
 
     def lowered(times: tuple[float, ...]) -> tuple[float, ...]:
@@ -192,10 +192,13 @@ def steps_s(profile: LatencyProfile, max_batch: int, gamma_max: int) -> tuple[tu
 
 
 def speedup_of_length(profile: LatencyProfile, batch: int, gamma: int, length: float) -> float:
-    """Eq. 5 with a given E[l]: E[l] / (c(b) gamma + beta(b)), c(b) = D(b)/T(b), beta(b) = T(b (gamma+1))/T(b). 1.0 at gamma = 0."""
+    """Eq. 5 with a given E[l]: E[l] / (c(b) gamma + beta(b)), c(b) = D(b)/T(b), beta(b) = T(b (gamma+1))/T(b). 1.0 at gamma = 0.
+
+    Never above E[l]: that verifying is faster than not drafting at all is no reason to draft what is not accepted.
+    """
     if gamma == 0:
         return 1.0
-    return length * step_s(profile, batch, 0) / step_s(profile, batch, gamma)
+    return length * min(step_s(profile, batch, 0) / step_s(profile, batch, gamma), 1.0)
 
 
 def speedup(profile: LatencyProfile, batch: int, gamma: int, alpha: float) -> float:
