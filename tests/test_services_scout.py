@@ -28,8 +28,8 @@ from tided.model.records import (
 )
 from tided.policies.domains import Domain, Domains
 from tided.policies.faults import Comparison, Verdict
-from tided.policies.suspicion import Suspicion
-from tided.services import dispatcher, scout
+from tided.policies.suspicion import Answer, Suspicion
+from tided.services import dispatcher, faults, scout
 from tided.services.pools import POOLED, Head
 from tided.services.scout import Cause, Scouting, Stage, choose
 from tided.store.jobs import Claim
@@ -179,6 +179,17 @@ async def test_traffic_that_comes_back_gets_its_draft_back_without_a_training(sc
     claim = await scene.claimed(JobKind.TRAIN)
     assert (claim.job.spec.draft, claim.job.spec.recipe) == (scene.day.version, Recipe.REFRESH)
     assert not (await scene.collection()).drifting
+
+
+async def test_what_fell_under_the_draft_before_is_no_drift_of_the_one_that_came_back(scene: Scene) -> None:
+    await scene.drift()
+    await scene.score(await scene.claimed(), day=2.3, night=1.3)
+    await scene.serves(scene.day)
+    fell = Suspicion(scene.engine.info.incarnation, scene.night.version, answer=Answer.DRIFT)
+    context = scene.control.context
+    await context.state.put(faults.STATE, ENGINE, fell, context.leadership.require())
+    assert await scene.settles() is DeploymentState.LIVE
+    assert await scene.control.events("drift-detected") == []
 
 
 async def test_what_is_trained_on_from_it_replaces_its_domain_s_draft(scene: Scene) -> None:

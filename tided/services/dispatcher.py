@@ -377,11 +377,11 @@ def _hindrance(pool: Pool) -> str:
 
 def _low(pool: Pool, collection: Collection, incumbent: str) -> tuple[str, ...]:
     """Engines whose acceptance has drifted. Only one that serves the incumbent can be judged now; of others it stays as it was. What
-    falls at an engine is no drift until it is known that the engine is not the cause."""
+    falls at an engine is no drift until it is known that the engine is not the cause; what is known of an earlier version says nothing."""
     judged = {
         member.view.engine: member.suspicion.drifted
         for member in pool.members
-        if member.view.trend.version == member.view.info.version == incumbent
+        if member.view.trend.version == member.view.info.version == member.suspicion.version == incumbent
     }
     unchanged = [engine for engine in collection.low if engine not in judged]
     return tuple(sorted([*unchanged, *(engine for engine, drifting in judged.items() if drifting)]))
