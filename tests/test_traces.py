@@ -40,7 +40,7 @@ def test_a_trace_is_small_and_says_what_it_is(name: str, trace: Trace) -> None:
     assert (header.gamma_max, header.max_batch) == (4, MAX_BATCH)
     asked_s = sum(stage.seconds for stage in planned.stages)
     assert 0.9 * asked_s <= header.duration_s <= 1.6 * asked_s  # a stage ends with the last of its requests
-    assert max(stage.concurrency for stage in planned.stages) <= int(trace.batch.max()) <= MAX_BATCH  # stages may overlap
+    assert max(stage.concurrency for stage in planned.stages) <= int(trace.batch.max()) <= MAX_BATCH
     assert set(trace.prefix.tolist()) == set(range(header.gamma_max + 1))
 
 
