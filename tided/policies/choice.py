@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from tided.model.records import LatencyProfile
 from tided.policies.base import BatchChoice, SpeculationObservation
-from tided.policies.speedup import Acceptance, steps_s
+from tided.policies.speedup import Acceptance, capped, steps_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def predictions(seen: SpeculationObservation, acceptance: Acceptance) -> tuple[t
     most = seen.gamma_max if seen.version else 0
     lengths = acceptance.lengths(most)
     return tuple(
-        tuple(length * min(times[0] / time, 1.0) for length, time in zip(lengths, times, strict=True))
+        tuple(capped(length, times[0], time) for length, time in zip(lengths, times, strict=True))
         for times in steps_s(seen.profile, seen.max_batch, most)
     )
 

@@ -191,14 +191,19 @@ def steps_s(profile: LatencyProfile, max_batch: int, gamma_max: int) -> tuple[tu
     )
 
 
-def speedup_of_length(profile: LatencyProfile, batch: int, gamma: int, length: float) -> float:
-    """Eq. 5 with a given E[l]: E[l] / (c(b) gamma + beta(b)), c(b) = D(b)/T(b), beta(b) = T(b (gamma+1))/T(b). 1.0 at gamma = 0.
+def capped(length: float, none_s: float, drafted_s: float) -> float:
+    """Speedup of steps of `drafted_s` that emit `length` tokens each over steps of `none_s` that emit one.
 
-    Never above E[l]: that verifying is faster than not drafting at all is no reason to draft what is not accepted.
+    Never above `length`: that verifying is faster than not drafting at all is no reason to draft what is not accepted.
     """
+    return length * min(none_s / drafted_s, 1.0)
+
+
+def speedup_of_length(profile: LatencyProfile, batch: int, gamma: int, length: float) -> float:
+    """Eq. 5 with a given E[l]: E[l] / (c(b) gamma + beta(b)), c(b) = D(b)/T(b), beta(b) = T(b (gamma+1))/T(b). 1.0 at gamma = 0."""
     if gamma == 0:
         return 1.0
-    return length * min(step_s(profile, batch, 0) / step_s(profile, batch, gamma), 1.0)
+    return capped(length, step_s(profile, batch, 0), step_s(profile, batch, gamma))
 
 
 def speedup(profile: LatencyProfile, batch: int, gamma: int, alpha: float) -> float:

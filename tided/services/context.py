@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from tided.config import Config, TargetConfig, TrainingConfig
 from tided.draft.target import describe
 from tided.model.errors import Refused, TideError
-from tided.model.records import Event, TargetInfo
+from tided.model.records import Draft, Event, TargetInfo
 from tided.services.leadership import Leadership
 from tided.store.client import redis_time_ms
 from tided.store.drafts import DraftStore
@@ -106,6 +106,15 @@ class Context:
         raise Refused(
             f"target {info.name} ({info.digest[:12]}) is none of the configured: {known or 'none is read yet'}"
         )
+
+    async def find_draft(self, version: str) -> Draft | None:
+        """The stored draft of a version; None for "" and for one that is not in the store."""
+        if not version:
+            return None
+        try:
+            return await anyio.to_thread.run_sync(self.drafts.get, version)
+        except Refused:
+            return None
 
     def training_for(self, target: str) -> TrainingConfig:
         """[training] as it holds for a target, by digest."""

@@ -232,8 +232,8 @@ class Controller:
             if deployment is not None and deployment.version == wanted.version and _failed_lately(deployment, now_ms):
                 why = f"engine {view.engine} could not be put onto {wanted.version[:12]}: {deployment.error}"
                 return deployment, why
-            draft, reason, over = await self._find(wanted.version), wanted.reason, wanted.baseline_length
-        elif await self._find(served) is not None:
+            draft, reason, over = await self.context.find_draft(wanted.version), wanted.reason, wanted.baseline_length
+        elif await self.context.find_draft(served) is not None:
             return deployment, ""
         else:
             draft, reason, over = await self._first(view), "init", 0.0
@@ -252,17 +252,11 @@ class Controller:
         done.append(f"{view.engine}: {reason} onto {draft.version[:12]}")
         return begun, ""
 
-    async def _find(self, version: str) -> Draft | None:
-        if not version:
-            return None
-        try:
-            return await anyio.to_thread.run_sync(self.context.drafts.get, version)
-        except Refused:
-            return None
-
     async def _draft_of(self, view: EngineView) -> Draft | None:
         """The stored draft that an engine serves; None if it is not known."""
-        return (await self._find(view.info.version) or await self._first(view)) if view.info.version else None
+        return (
+            (await self.context.find_draft(view.info.version) or await self._first(view)) if view.info.version else None
+        )
 
     async def _first(self, view: EngineView) -> Draft | None:
         """Version 0 for an engine without a draft, or one that booted on what `draft init` writes; None for any other.

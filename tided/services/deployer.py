@@ -204,12 +204,8 @@ class Deployer:
 
     async def _restorable(self, version: str) -> str:
         """`version` if it is in the store, so that it can be restored; else "": there is nothing to go back to."""
-        if not version:
-            return ""
-        try:
-            return (await anyio.to_thread.run_sync(self._context.drafts.get, version)).version
-        except Refused:
-            return ""
+        draft = await self._context.find_draft(version)
+        return draft.version if draft is not None else ""
 
     def _rules(self) -> WatchRules:
         settings = self._context.config.deployment

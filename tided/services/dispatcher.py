@@ -173,10 +173,9 @@ class Dispatcher:
         context, target = self._context, pool.target
         incumbent = await anyio.to_thread.run_sync(context.drafts.get, await self._heads.incumbent(pool))
         settings = context.training_for(pool.digest)
-        drafted = max(member.view.info.gamma_max for member in pool.members)
         spec = JobSpec(
             kind=JobKind.TRAIN,
-            engine=",".join(member.view.engine for member in pool.members),
+            engine=pool.names,
             target=target.info.digest,
             target_dir=str(target.path.absolute()),
             lineage=incumbent.lineage,
@@ -186,7 +185,7 @@ class Dispatcher:
             replay=stock.replay,
             held_out=stock.held_out,
             recipe=machine.recipe(collection),
-            gamma=max(1, min(context.config.speculation.gamma_max, drafted)),
+            gamma=pool.drafted(context.config.speculation.gamma_max),
             budget_s=settings.budget_s,
             options={"adapt_vocabulary": pool.can(Capability.SWAP_VOCABULARY)},
         )

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import anyio.to_thread
 
 from tided.model import failpoints
-from tided.model.errors import Refused
 from tided.model.ids import new_id
-from tided.model.records import Capability, Draft, DraftOrigin, JobKind, JobSpec, JobState
+from tided.model.records import Capability, DraftOrigin, JobKind, JobSpec, JobState
 from tided.policies import slices, suspicion
 from tided.policies.faults import MIN_PROMPTS, MIN_SCORED_STEPS, Comparison, Verdict
 from tided.policies.slices import Served, Slice
@@ -88,16 +87,10 @@ class FaultWatch:
 
     async def _fresh(self, view: EngineView) -> Suspicion:
         """Of a version that begins to serve: its gate says what to expect of it."""
-        draft = await self._draft(view.version)
+        draft = await self._context.find_draft(view.version)
         evaluation = draft.evaluation if draft is not None and draft.origin is DraftOrigin.TRAINED else None
         expected = (Expected.by_gate(evaluation),) if evaluation is not None and evaluation.tokens else ()
         return Suspicion(view.info.incarnation, view.version, expected=expected)
-
-    async def _draft(self, version: str) -> Draft | None:
-        try:
-            return await anyio.to_thread.run_sync(self._context.drafts.get, version)
-        except Refused:
-            return None
 
     async def _spec(self, view: EngineView, target: Target, wanted: Wish) -> JobSpec | None:
         """The score to ask for, if there are samples enough."""
@@ -106,7 +99,7 @@ class FaultWatch:
         shards = await anyio.to_thread.run_sync(self._samples, target.info.digest, view.engine, since_ms)
         if sum(shard.runs for shard in shards) < MIN_PROMPTS or sum(s.scored for s in shards) < MIN_SCORED_STEPS:
             return None
-        draft = await self._draft(view.version)
+        draft = await self._context.find_draft(view.version)
         return draft and JobSpec(
             kind=JobKind.SCORE,
             engine=view.engine,

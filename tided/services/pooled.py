@@ -1,8 +1,5 @@
 """The pools of drafts as people are told of them."""
 
-import anyio.to_thread
-
-from tided.model.errors import Refused
 from tided.model.status import DomainStatus, PoolStatus
 from tided.policies.domains import Domains
 from tided.services.context import Context, Target
@@ -72,8 +69,5 @@ def _present(domains: Domains) -> str:
 
 
 async def _name(context: Context, version: str) -> str:
-    try:
-        draft = await anyio.to_thread.run_sync(context.drafts.get, version)
-    except Refused:
-        return ""
-    return f"{draft.lineage}@{draft.number}"
+    draft = await context.find_draft(version)
+    return f"{draft.lineage}@{draft.number}" if draft is not None else ""

@@ -8,8 +8,6 @@ more: then it is the nearest version from which it descends that is good.
 from collections import Counter
 from dataclasses import dataclass, field
 
-import anyio.to_thread
-
 from tided.model.errors import Refused
 from tided.model.records import Capability, Deployment, Draft
 from tided.policies.suspicion import Suspicion
@@ -69,6 +67,15 @@ class Pool:
         """Whether no deployment is under way."""
         return all(member.deployment is None or member.deployment.state.final for member in self.members)
 
+    @property
+    def names(self) -> str:
+        """Of its engines, as a job has them."""
+        return ",".join(member.view.engine for member in self.members)
+
+    def drafted(self, most: int) -> int:
+        """For how many drafted tokens a draft is trained and scored: what its engines can draft, in 1..`most`."""
+        return max(1, min(most, max(member.view.info.gamma_max for member in self.members)))
+
     def can(self, capability: Capability) -> bool:
         """Whether all of them can."""
         return all(capability in member.view.info.capabilities for member in self.members)
@@ -127,7 +134,7 @@ class Heads:
         draft = await self._good(head.version)
         if draft is None or draft.version == (own.version or view.info.version):
             return own
-        present = await self._find(own.version or view.info.version)
+        present = await self._context.find_draft(own.version or view.info.version)
         blamed = present is not None and bool(present.quarantined)
         behind = deployment is None or deployment.created_ms < head.since_ms
         if not blamed and not behind:
@@ -140,15 +147,7 @@ class Heads:
 
     async def _good(self, version: str) -> Draft | None:
         """The version, or the nearest one that it descends from, that is not in quarantine."""
-        draft = await self._find(version)
+        draft = await self._context.find_draft(version)
         while draft is not None and draft.quarantined:
-            draft = await self._find(draft.parent)
+            draft = await self._context.find_draft(draft.parent)
         return draft
-
-    async def _find(self, version: str) -> Draft | None:
-        if not version:
-            return None
-        try:
-            return await anyio.to_thread.run_sync(self._context.drafts.get, version)
-        except Refused:
-            return None

@@ -17,8 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-import anyio.to_thread
-
 from tided.machine.collection import Collection
 from tided.model import failpoints
 from tided.model.errors import Conflict, Refused
@@ -149,7 +147,7 @@ class Scout:
 
     async def _begun(self, pool: Pool, scouting: Scouting, collection: Collection, now_ms: int) -> Scouting:
         """Take note of what serves, and of a question that has come up."""
-        serving = await self._find(await self._heads.incumbent(pool))
+        serving = await self._context.find_draft(await self._heads.incumbent(pool))
         if self._enabled and pool.settled and scouting.stage is not Stage.SWITCHING:
             scouting = await self._accounted(scouting, serving, now_ms)
         drifted = collection.drifts > scouting.drifts
@@ -239,17 +237,16 @@ class Scout:
         candidates = [version for version in others if await self._fits(pool, version)]
         # A prompt is scored whole: enough tokens that there are enough of them.
         tokens = max(SCORED_TOKENS, round(2 * context.config.pool.min_requests * newest.tokens_per_request))
-        drafted = max(member.view.info.gamma_max for member in pool.members)
         spec = JobSpec(
             kind=JobKind.SCORE,
-            engine=",".join(member.view.engine for member in pool.members),
+            engine=pool.names,
             target=target.info.digest,
             target_dir=str(target.path.absolute()),
             lineage=target.name,
             draft=scouting.serving,
             draft_dir=str(context.drafts.path(scouting.serving)),
             held_out=newest.shards,
-            gamma=max(1, min(context.config.speculation.gamma_max, drafted)),
+            gamma=pool.drafted(context.config.speculation.gamma_max),
             candidates=tuple(Candidate(version, str(context.drafts.path(version))) for version in candidates),
             options={"held_out_tokens": tokens},
         )
@@ -364,17 +361,9 @@ class Scout:
 
     # --- drafts ---
 
-    async def _find(self, version: str) -> Draft | None:
-        if not version:
-            return None
-        try:
-            return await anyio.to_thread.run_sync(self._context.drafts.get, version)
-        except Refused:
-            return None
-
     async def _fits(self, pool: Pool, version: str) -> bool:
         """Whether every engine could take it."""
-        draft = await self._find(version)
+        draft = await self._context.find_draft(version)
         if draft is None:
             return False
         try:
@@ -385,11 +374,11 @@ class Scout:
         return True
 
     async def _good(self, version: str) -> bool:
-        draft = await self._find(version)
+        draft = await self._context.find_draft(version)
         return draft is not None and not draft.quarantined
 
     async def _name(self, version: str) -> str:
-        draft = await self._find(version)
+        draft = await self._context.find_draft(version)
         return f"{draft.lineage}@{draft.number}" if draft is not None else version[:12]
 
     def _rules(self) -> DomainRules:

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import anyio.to_thread
 import structlog
 
 from tided.config import SpeculationConfig
@@ -23,7 +22,7 @@ class Speculator:
     """Holds the policy's state for each engine incarnation; `decisions` are the newest, for the status."""
 
     def __init__(self, context: Context) -> None:
-        self._drafts = context.drafts
+        self._context = context
         self.profiles = Profiles(context)
         self._made: tuple[SpeculationConfig, SpeculationPolicy[Any] | Refused] | None = None
         self._states: dict[str, tuple[str, Any]] = {}
@@ -126,12 +125,8 @@ class Speculator:
         """A version that was just deployed is judged by its gate's evaluation until it has been served for a while."""
         if view.expected or not view.version:
             return
-        try:
-            draft = await anyio.to_thread.run_sync(self._drafts.get, view.version)
-        except Refused:
-            view.expect(())
-            return
-        view.expect(draft.evaluation.conditional if draft.evaluation is not None else ())
+        draft = await self._context.find_draft(view.version)
+        view.expect(draft.evaluation.conditional if draft is not None and draft.evaluation is not None else ())
 
 
 def in_force(info: EngineInfo) -> tuple[int, ...]:
