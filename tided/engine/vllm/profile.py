@@ -66,7 +66,7 @@ def _samples(
 ) -> Iterator[tuple[int, int, float, float]]:
     """(batch size, drafted tokens, seconds of a step, of the proposal in it). Every shape in several passes: what disturbs the machine
     for a moment then spoils a few steps of each of them, and not all of one."""
-    for batch, _ in itertools.product(batches, range(PASSES)):
+    for _, batch in itertools.product(range(PASSES), batches):
         with _requests(core, batch, schedule.gamma_max):
             for gamma in range(schedule.gamma_max + 1):
                 schedule.set((gamma,))

@@ -163,8 +163,10 @@ class WorkerSide:
         original = self._runner._sample
 
         def sample(logits: Any, spec_decode_metadata: Any) -> Any:
-            drafted = spec_decode_metadata is not None and spec_decode_metadata.max_spec_len > 0
-            return original(logits, spec_decode_metadata if drafted else None)
+            nothing = (
+                getattr(spec_decode_metadata, "max_spec_len", None) == 0
+            )  # where vLLM does not say so, it verifies
+            return original(logits, None if nothing else spec_decode_metadata)
 
         self._runner._sample = sample
 
