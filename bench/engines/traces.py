@@ -25,7 +25,7 @@ from tided.replay.trace import SUFFIX, Trace, save
 
 MAX_BATCH, MAX_TOKENS = 16, 80
 TAIL_S = 2.0
-"""From the end of the traffic to the last report of it."""
+"""From the end of traffic to the last report of it."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ async def record_all(names: Sequence[str], model: Path, directory: Path, seconds
         await started.drafts(GAMMA_MAX)
         for concurrency in (1, MAX_BATCH):  # what a server does for the first time takes longer
             await each(started.url, itertools.islice(prompts_of("json", "measure", 0, 0, 16), concurrency), concurrency)
+        await asyncio.sleep(TAIL_S)
         for name in names:
             traffics = RECORDED[name] if seconds is None else RECORDED[name].shortened(seconds)
             playing = play(started.url, traffics)
