@@ -40,7 +40,7 @@ EXPLAINED = 0.7
 """Share of the trend's fall that the score's must reach to be its cause."""
 LATEST = 4
 """Requests on each side, at least, of the moment at which acceptance fell,"""
-LOOKBACK_MS = 15_000
+LOOKBACK_MS = 60_000
 """and how long ago it is looked for."""
 RESPITE = 10
 """Once training has waited in vain and no score came, it waits for none, for so many times as long."""
