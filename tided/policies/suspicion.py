@@ -156,7 +156,8 @@ class Suspicion:
 
     def wary(self, now_ms: int) -> bool:
         """Whether samples of the newest requests are asked for, or may be soon, and no training should begin yet."""
-        return self.questioned or (self.sagged_ms > 0 and now_ms - self.sagged_ms < WARY_MS)
+        sagged = self.sagged_ms > 0 and now_ms - self.sagged_ms < WARY_MS
+        return self.questioned or (self.answer is Answer.NONE and sagged)
 
 
 @dataclass(frozen=True, slots=True)
