@@ -1,11 +1,11 @@
 """Has the traffic moved, or is the engine at fault? One engine's newest fall of acceptance, and what has been found out about it.
 
 A fall alone says neither. So it opens a question, and while that is open nothing is trained: the draft that serves is scored on what was
-captured since the fall began, and the answer is DRIFT when it scores as low as it serves, FAULT when it scores surely more. A fall
-is the trend's (`tided.policies.training`) or newest requests that are surely below what the draft is expected to give: what its gate's
-evaluation said of greedy requests, or what its own newest score said. Before it is sure, newest requests that sag are reason enough to
-tap, and to wait with a training (`wary`): then samples are there when the question is asked. Where the speculation policy has stopped drafting meanwhile,
-too little is served to compare; then it is DRIFT if the score has fallen by most of what the newest requests have, and if it has
+captured since the fall began, and the answer is DRIFT when it scores as low as it serves, FAULT when it scores surely more. A fall is the
+trend's (`tided.policies.training`) or newest requests that are surely below what the draft is expected to give: what its gate's evaluation
+said of greedy requests, or what its own newest score said. Before it is sure, newest requests that sag are reason enough to tap, and to
+wait with a training (`wary`): then samples are there when the question is asked. Where the speculation policy has stopped drafting
+meanwhile, too little is served to compare; then it is DRIFT if the score has fallen by most of what the newest requests have, and if it has
 not, some requests must be drafted for (`held`). A question that nobody could answer in time is answered LATE, and taken for drift: a
 missing worker must not keep a target from training for ever.
 
