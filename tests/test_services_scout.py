@@ -413,13 +413,6 @@ async def test_an_operator_s_word_ends_a_switch(scene: Scene) -> None:
     assert (await scene.scouting()).stage is Stage.IDLE
 
 
-async def test_a_draft_in_quarantine_is_no_candidate(scene: Scene) -> None:
-    scene.control.context.drafts.quarantine(scene.day.version, "worse")
-    await scene.drift()
-    claim = await scene.claimed()
-    assert claim.job.spec.candidates == ()
-
-
 async def test_deployments_make_the_domains(scene: Scene) -> None:
     await scene.put(scout.STATE, Scouting())
     await scene.control.cycle()
