@@ -187,8 +187,10 @@ async def test_the_score_that_says_drift_has_scored_the_pool_as_well(scene: Scen
     await scene.engine.report(alpha=0.6, requests=60, temperature=0.0)
     await scene.control.cycle()
     now_ms = await scene.control.context.now_ms() + 1
+    await scene.engine.report(alpha=0.1, requests=8, temperature=0.0, at_ms=now_ms)
+    await scene.control.cycle()
+    await scene.engine.report(alpha=0.1, requests=30, temperature=0.0, at_ms=now_ms)
     scene.samples(now_ms + 1)
-    await scene.engine.report(alpha=0.1, requests=40, temperature=0.0, at_ms=now_ms)
     claim = await scene.claimed()
     assert [candidate.version for candidate in claim.job.spec.candidates] == [scene.day.version]
     assert claim.job.spec.mix == ((0.0, 1.0),)
