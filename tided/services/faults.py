@@ -119,7 +119,9 @@ class FaultWatch:
             draft=draft.version,
             draft_dir=str(context.drafts.path(draft.version)),
             held_out=tuple(str(shard.path) for shard in shards),
-            gamma=view.info.gamma_max,
+            gamma=max(
+                1, min(context.config.speculation.gamma_max, view.info.gamma_max)
+            ),  # as the pool's drafts were judged
             mix=mix,
             candidates=await self._rivals(target.info.digest, draft.version, engines) if wanted.fallen else (),
             options={"held_out_tokens": TOKENS},
