@@ -119,9 +119,7 @@ class FaultWatch:
             draft=draft.version,
             draft_dir=str(context.drafts.path(draft.version)),
             held_out=tuple(str(shard.path) for shard in shards),
-            gamma=max(
-                1, min(context.config.speculation.gamma_max, view.info.gamma_max)
-            ),  # as the pool's drafts were judged
+            gamma=max(1, min(context.config.speculation.gamma_max, view.info.gamma_max)),
             mix=mix,
             candidates=await self._rivals(target.info.digest, draft.version, engines) if wanted.fallen else (),
             options={"held_out_tokens": TOKENS},
