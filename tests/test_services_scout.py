@@ -195,7 +195,7 @@ async def test_the_score_that_says_drift_has_scored_the_pool_as_well(scene: Scen
     assert [candidate.version for candidate in claim.job.spec.candidates] == [scene.day.version]
     assert claim.job.spec.mix == ((0.0, 1.0),)
     assert await scene.control.events("drift-detected") == []
-    low = SamplingScore(0.0, (50.0,) * 20, (50.0 * 0.1111,) * 20, (0.1,) * 4, (0.1,) * 4)
+    low = SamplingScore(0.0, (50.0,) * 20, (5.0,) * 20, (0.0909,) * 4, (0.0909,) * 4)  # as it is served: 4 in 40 steps
     serving = replace(evaluation(scene.night.version, 1.1, 20), sampling=(low,))
     result = JobResult(version=scene.night.version, candidate=serving, scores=(evaluation(scene.day.version, 2.3, 20),))
     await scene.control.context.jobs.finish(claim, result)
