@@ -7,8 +7,8 @@ Arms: (a) two engines, one on each device, without speculation; (b) one engine o
 on, and one worker on the second: the whole run counts, collecting and training too. Parts of a pair: rates are calibrated and the
 planner's prediction follows from them alone; then (a), (b), and (a) again, because (b) cannot be interrupted.
 
-The load generator is on the first core in both arms, with the engine that both have. tided, its store and its collector are on the second, where
-they take from training. What all of them take is reported.
+The load generator is on the first core in both arms, with the engine that both have. tided, its store and its collector are on the second,
+where they take from training. What all of them take is reported.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 

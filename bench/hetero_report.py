@@ -40,11 +40,13 @@ QUARTER_TOLERANCE = 0.03
 LABELS = {WHOLE: "whole core", QUARTER: "quarter of a core"}
 
 NOTES = [
-    "ratio: tokens/s of one engine under tided, from version 0 of its draft on, with the second device training, over those of two engines without"
-    " speculation, one on each device (before and after that run). Every prompt is asked once.",
-    "predicted: from the calibration alone (tokens/s of each device while both serve, T(n) and D(b), the share of a request that is prefill, rows and"
-    " tokens of a request, the second device's share of a core), and from earlier reports (acceptance lengths, training rate of a whole core).",
-    "with_measured: the planner again with what was measured afterwards: the speedup of the adapted part and the seconds until the first draft.",
+    "ratio: tokens/s of one engine under tided, from version 0 of its draft on, with the second device training, over those of two"
+    " engines without speculation, one on each device (before and after that run). Every prompt is asked once.",
+    "predicted: from the calibration alone (tokens/s of each device while both serve, T(n) and D(b), the share of a request that is"
+    " prefill, rows and tokens of a request, the second device's share of a core), and from earlier reports (acceptance lengths, what a"
+    " training takes on a whole core).",
+    "with_measured: the planner again with what was measured afterwards: the speedup of the adapted part and the seconds until the"
+    " first draft.",
 ]
 
 
@@ -66,12 +68,19 @@ class Served:
 
     @property
     def tokens_per_s(self) -> float:
-        return self.tokens / self.seconds
+        return self.tokens / self.seconds if self.seconds else 0.0
 
     def since(self, at_s: float) -> "Served":
         """Of the requests that began at this second of the part or later."""
         answers = tuple(answer for answer in self.answers if answer.at_s - answer.seconds >= at_s)
-        seconds = max((answer.at_s for answer in answers), default=at_s) - at_s
+        ended_s = max((answer.at_s for answer in answers), default=0.0)
+        seconds = ended_s - min((answer.at_s - answer.seconds for answer in answers), default=0.0)
+        return Served(answers, sum(answer.tokens for answer in answers), seconds, 0, 0)
+
+    def until(self, at_s: float) -> "Served":
+        """Of the requests that ended by this second of the part."""
+        answers = tuple(answer for answer in self.answers if answer.at_s <= at_s)
+        seconds = max((answer.at_s for answer in answers), default=0.0)
         return Served(answers, sum(answer.tokens for answer in answers), seconds, 0, 0)
 
     def drawn(self, rng: np.random.Generator) -> np.ndarray:
@@ -122,9 +131,9 @@ def inputs_of(plan: Plan, calibrated: Mapping[str, Any]) -> Inputs:
     )
     return Inputs(
         rates=(first.tokens_per_s, second.tokens_per_s),
-        training=(plan.job_tokens_per_s, plan.job_tokens_per_s * share),
+        training=(plan.trained_per_s, plan.trained_per_s * share),
         speedup=Speedup(low, middle, high),
-        warm_up=WarmUp(needed * first.seconds / requests, trained),
+        warm_up=WarmUp(needed * first.seconds / requests, trained + plan.job_s * plan.trained_per_s),
     )
 
 
@@ -203,8 +212,8 @@ def _measured(
     }
     if theirs:
         found["ratio"] = asdict(ratio(ours, theirs))
-    if first_s is not None:
-        adapted, collecting = ours.since(first_s), _until(ours, first_s)
+    adapted = ours.since(first_s) if first_s is not None else None
+    if first_s is not None and adapted is not None and adapted.answers:
         steps = sum(answer.spec_steps for answer in adapted.answers)
         accepted = sum(answer.accepted for answer in adapted.answers)
         speedup = adapted.tokens_per_s / given.rates[0]
@@ -212,17 +221,12 @@ def _measured(
         found |= {
             "accept_length": 1 + accepted / steps if steps else None,
             "speedup": speedup,
-            "collecting_over_calibrated": collecting / given.rates[0],
+            "collecting_over_calibrated": ours.until(first_s).tokens_per_s / given.rates[0],
             "with_measured": to_plain(planned(pair, measured, plan.run_s)),
         }
-        if theirs and adapted.answers:
+        if theirs:
             found["ratio_adapted"] = asdict(ratio(adapted, theirs))
     return found
-
-
-def _until(served: Served, at_s: float) -> float:
-    """Tokens/s of the requests that ended by then."""
-    return sum(answer.tokens for answer in served.answers if answer.at_s <= at_s) / at_s
 
 
 def _trained(part: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The processor time of a stack's processes while a bench runs, each with all that it started."""
 
 import asyncio
+import itertools
 import os
 import time
 from collections import defaultdict
@@ -83,7 +84,7 @@ def shares(moments: Sequence[Moment]) -> dict[str, float]:
 def share_within(moments: Sequence[Moment], name: str, spans_ms: Sequence[tuple[int, int]]) -> float | None:
     """Of a core, what one service took in the steps between moments that lie wholly within one of the spans; None without any."""
     cpu_s = seconds = 0.0
-    for before, after in zip(moments, moments[1:], strict=False):
+    for before, after in itertools.pairwise(moments):
         if any(start <= before.at_ms and after.at_ms <= end for start, end in spans_ms):
             cpu_s += after.cpu_s[name] - before.cpu_s[name]
             seconds += (after.at_ms - before.at_ms) / 1000
