@@ -49,10 +49,12 @@ from bench.turns import Measured
 from bench.usage import moment, share_within, shares, usage
 from tided.local import LocalStack, Service, services
 from tided.model.codec import to_plain
-from tided.model.records import JobKind
+from tided.model.records import JobKind, VerificationState
+from tided.model.status import Status
 from tided.worker.settings import WorkerSettings
 
 ENGINES = ("first", "second")
+SELF_TEST_S = 180.0
 _ALL = (CALIBRATE, BEFORE, AFTER)
 
 
@@ -110,7 +112,10 @@ async def _profile(url: str) -> Any:
 
 
 async def serve_and_train(stack: LocalStack, plan: Plan, places: Places, pair: str) -> dict[str, Any]:
-    """Arm (b): an engine under tided on the first device, a worker on the second. Gives the raw part."""
+    """Arm (b): an engine under tided on the first device, a worker on the second. Gives the raw part.
+
+    The run begins when the engine has passed the self-test: that is part of installing tided, and once for each target and engine.
+    """
     first, second = (frozenset((core,)) for core in places.cores)
     work = places.work / pair
     shutil.rmtree(work, ignore_errors=True)
@@ -119,10 +124,17 @@ async def serve_and_train(stack: LocalStack, plan: Plan, places: Places, pair: s
     for service in services(config_file, config):
         await stack.start(replace(service, cores=first if service.name == "engine" else second))
     control = Control(config.daemon.socket_path)
-    await control.has_draft()
+    await control.wait_for(_passed, SELF_TEST_S)
     await spin(stack, places, pair, nice=WorkerSettings.nice)
     url = f"http://{config.engine.host}:{config.engine.port}"
     return await unless_ended(stack, _adapts(stack, control, plan, url))
+
+
+def _passed(status: Status) -> bool:
+    """Its only engine serves a draft that tided knows, and taps what it says it taps."""
+    engine = status.engines[0] if status.engines else None
+    verdict = engine.verification if engine is not None and engine.draft else None
+    return verdict is not None and verdict.state is VerificationState.VERIFIED
 
 
 async def _adapts(stack: LocalStack, control: Control, plan: Plan, url: str) -> dict[str, Any]:
