@@ -260,7 +260,9 @@ def claims_of(pair: str, body: Mapping[str, Any]) -> list[Claim]:
             told(f"all.{name}", f"two engines without speculation, {name} the run", sum(rates), "tokens/s")
     if "tokens_per_s" in body:
         told("tided", "one engine under tided and a worker, whole run", body["tokens_per_s"], "tokens/s")
-        told("first-draft", "until the first adapted draft served", body["first_draft_s"], "s")
+        first_s = body["first_draft_s"]
+        what = "until the first adapted draft served"
+        told("first-draft", what, "not in this run" if first_s is None else first_s, "" if first_s is None else "s")
         told("trainings", "trainings with a result", len(body["trained"]))
     if "ratio" in body:
         claims += _ratios(pair, label, body)
