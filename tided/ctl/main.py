@@ -177,9 +177,8 @@ def plan(
     from tided.ctl import plan as offline
     from tided.ctl import render
     from tided.model.codec import to_plain
-    from tided.policies.planner import WarmUp
 
-    found = offline.made(devices, speedup, spread, training, WarmUp(collect, work), over)
+    found = offline.made(devices, speedup, spread, training, collect, work, over)
     render.plain(to_plain(found)) if as_json else offline.show(found)
 
 

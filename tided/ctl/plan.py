@@ -37,7 +37,8 @@ def made(
     speedup: float,
     spread: float,
     training_needed: float,
-    warm_up: WarmUp,
+    collect_s: float,
+    work: float,
     horizon_s: float | None,
 ) -> Plan:
     """The plan for `devices`; the speedup may be `spread` lower or higher."""
@@ -45,7 +46,7 @@ def made(
         [parsed(text) for text in devices],
         Speedup(speedup - spread, speedup, speedup + spread),
         training_needed,
-        warm_up=warm_up,
+        warm_up=WarmUp(collect_s, work),
         horizon_s=horizon_s,
     )
 
