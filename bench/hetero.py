@@ -17,8 +17,8 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -202,6 +202,17 @@ def _changes(plan: Plan, places: Places, state: Path, port: int) -> dict[str, di
     }
 
 
+@contextmanager
+def on_core(core: int) -> Generator[None]:
+    """The load generator, which is this process, runs on this core alone meanwhile."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 async def bench(plan: Plan, places: Places, pairs: Sequence[str]) -> Path:
     """Every part of these pairs that is missing; gives the report's path.
 
@@ -214,11 +225,13 @@ async def bench(plan: Plan, places: Places, pairs: Sequence[str]) -> Path:
         if parts.read(name) is not None:
             continue
         print(f"{pair} core: {part}", flush=True)
-        async with LocalStack(places.work / f"logs-{name}", lambda line: print(line, flush=True)) as stack:
-            if part == TIDED:
-                raw = await serve_and_train(stack, plan, places, pair)
-            else:
-                raw = await serve_with_all(stack, plan, places, pair, part)
+        logs = places.work / f"logs-{name}"
+        with on_core(places.cores[0]):
+            async with LocalStack(logs, lambda line: print(line, flush=True)) as stack:
+                if part == TIDED:
+                    raw = await serve_and_train(stack, plan, places, pair)
+                else:
+                    raw = await serve_with_all(stack, plan, places, pair, part)
         parts.write(name, raw)
         write_report(plan, places)
     return write_report(plan, places)
@@ -241,7 +254,6 @@ def main(arguments: list[str] | None = None) -> None:
     if options.report:
         print(write_report(plan, places))
         return
-    os.sched_setaffinity(0, {places.cores[0]})
     pairs: list[str] = options.pair or list(SPINNERS)
     for pair in pairs:
         places.parts(plan).begin_anew(*(part_name(pair, part) for part in PARTS))
