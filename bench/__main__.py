@@ -20,7 +20,7 @@ ENGINES = (
     "engines.shift sglang",
     "engines.recurring",
 )
-ALL = (*LOOP, "dataplane", "policy", "forgetting", "shift")
+ALL = (*LOOP, "dataplane", "policy", "forgetting", "hetero", "shift")
 GROUPS = {"all": ALL, "loop": LOOP, "engines": ENGINES}
 
 

@@ -166,6 +166,11 @@ def plan(
     training: Annotated[
         float, typer.Option(min=0, help="The least training rate that keeps up with the traffic.")
     ] = 0.0,
+    collect: Annotated[float, typer.Option(min=0, help="Seconds of collecting before the first training.")] = 0.0,
+    work: Annotated[
+        float, typer.Option(min=0, help="Of the first training: tokens, where TRAINING is tokens a second.")
+    ] = 0.0,
+    over: Annotated[float | None, typer.Option(help="Seconds from the start that count; else for ever.")] = None,
     as_json: Json = False,
 ) -> None:
     """Which devices should serve, which should train, and whether training pays. Needs no running tided."""
@@ -173,7 +178,7 @@ def plan(
     from tided.ctl import render
     from tided.model.codec import to_plain
 
-    found = offline.made(devices, speedup, spread, training)
+    found = offline.made(devices, speedup, spread, training, collect, work, over)
     render.plain(to_plain(found)) if as_json else offline.show(found)
 
 
