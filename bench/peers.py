@@ -1,0 +1,231 @@
+"""Our trainer against that of `speculators` 0.9 (from PyPI): same samples, vocabulary map, draft size and unroll, on one core each.
+
+`python -m bench.peers` runs the parts that are missing, one for each seed, and writes the claims after each; raw figures are under
+build/peers/. A part runs these trainings one after the other:
+
+    defaults  `speculators` with its own defaults, but packs of 1,024 rows: with its 8,192 these samples would give it six steps
+    settings  `speculators` with our settings, as far as it has them: our version 0 to begin with, AdamW, its packs as small as ours
+    tokens    ours with as many passes as its epochs
+    time      ours with as many seconds as the faster of its two took
+
+Its schedule ends with its last epoch, ours with each training's budget. bench/peers_run.py says what a trained token and a second are. Our
+seconds include the validation that chooses our weights, and what it needs of the samples is not trained on; its validation is left out.
+All drafts are scored by one evaluator on the same held-out requests, which is not timed. Intervals are over requests and seeds.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import cold, model, report
+from bench.drafts import Samples, code_samples, first_draft
+from bench.forgetting import difference
+from bench.peers_draft import read
+from bench.report import BENCH_DIR, Claim, at_least
+from bench.study import Parts
+from tests.engines.environment import CHECKOUT, engine_environment
+from tided.draft import checkpoint
+from tided.draft.checkpoint import Checkpoint
+from tided.draft.eagle3 import Eagle3
+from tided.draft.formats import export_speculators
+from tided.model.codec import from_plain, to_plain
+from tided.model.records import Evaluation, Recipe
+from tided.training.data import Run, read_runs
+from tided.training.evaluate import evaluate
+from tided.training.losses import Frozen
+from tided.training.options import options_for
+from tided.training.vocabulary import adapt
+
+NAME = "peers"
+SEEDS, EPOCHS = 3, 3
+GAMMA = UNROLL = 3
+DEFAULTS, SETTINGS, TOKENS, TIME = "defaults", "settings", "tokens", "time"
+THEIRS = {DEFAULTS: "speculators, its defaults", SETTINGS: "speculators, our settings"}
+OURS = {TOKENS: "after the same tokens", TIME: "after the same time"}
+ROWS = {DEFAULTS: 1024, SETTINGS: 256}
+OUT = Path("build/peers")
+
+
+class Bench:
+    """Samples and the draft to begin with, for both trainers; made once in `OUT`."""
+
+    def __init__(self, model_dir: Path, samples: Samples) -> None:
+        self._model_dir = model_dir
+        source = checkpoint.load(first_draft(model_dir))
+        self._train = read_runs(samples.train, source.config.hidden, source.config.vocab)
+        self._held_out = read_runs(samples.held_out, source.config.hidden, source.config.vocab)
+        self._draft = adapt(source, self._train, model_dir)
+        self._frozen = Frozen.read(model_dir, self._draft, "cpu")
+        self._data = OUT / "samples"
+        (shard,) = samples.train
+        if not self._data.exists():
+            partial = OUT / "samples.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            checkpoint.write(partial / "first", self._draft.config, self._draft.tensors)
+            export_speculators(partial / "first", model_dir, partial / "theirs", GAMMA)
+            for name in ("d2t", "t2d"):
+                np.save(partial / f"{name}.npy", self._draft.tensors[name])
+            _theirs("samples", shard, model_dir, partial / "rows")
+            partial.rename(self._data)
+
+    def part(self, seed: int, epochs: int) -> dict[str, Any]:
+        """All trainings of one seed: for each what `_theirs` reports, or the like, with an evaluation."""
+        found: dict[str, Any] = {arm: self._their_training(arm, seed, epochs) for arm in THEIRS}
+        faster = min((found[arm] for arm in THEIRS), key=lambda epochs: epochs[-1]["seconds"])
+        marks = [epoch["seconds"] for epoch in faster]
+        return {
+            **found,
+            TOKENS: self._our_training({"seed": seed, "passes": epochs}, 1e6, []),
+            TIME: self._our_training({"seed": seed}, marks[-1], marks[:-1]),
+        }
+
+    def _their_training(self, arm: str, seed: int, epochs: int) -> list[dict[str, Any]]:
+        out = OUT / f"{arm}-{seed}"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        rows = len(self._train)
+        options: dict[str, Any] = {
+            "verifier-name-or-path": self._model_dir,
+            "data-path": self._data / "rows",
+            "d2t-path": self._data / "d2t.npy",
+            "t2d-path": self._data / "t2d.npy",
+            "save-path": out / "drafts",
+            "log-dir": out / "logs",
+            "train-data-ratio": (rows + 0.5) / (rows + 1),
+            "total-seq-len": ROWS[arm],
+            "ttt-steps": UNROLL,
+            "epochs": epochs,
+            "seed": seed,
+            "num-workers": 0,
+            "on-missing": "raise",
+            "draft-attn-impl": "sdpa",
+            "loss-implementation": "eager",
+        }
+        if arm == SETTINGS:
+            ours = options_for(Recipe.COLD, {})
+            options |= {
+                "from-pretrained": self._data / "theirs",
+                "optimizer": "adamw",
+                "lr": ours.learning_rate,
+                "weight-decay": 0.0,
+                "scheduler-type": "cosine",
+                "scheduler-warmup-ratio": ours.warmup_fraction,
+                "ttt-step-loss-decay": ours.step_decay,
+                "loss-fn": json.dumps({"kl_div": 1.0, "ce": ours.hard_weight}),
+            }
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        _theirs("train", out / "epochs.json", *words, log=out / "log")
+        done: list[dict[str, Any]] = json.loads((out / "epochs.json").read_text())
+        for epoch in done:
+            draft = read(out / "drafts" / str(epoch["epoch"]), self._model_dir, out / "read")
+            epoch["evaluation"] = self._score(draft)
+        shutil.rmtree(out)
+        return done
+
+    def _our_training(self, given: dict[str, Any], budget_s: float, marks: Sequence[float]) -> list[dict[str, Any]]:
+        """Our recipe for a cold start; at `marks` seconds and at its end what `_their_training` gives after epochs."""
+        done = cold.train(
+            self._draft, self._train, self._frozen, {"unroll_steps": UNROLL, **given}, GAMMA, budget_s, marks
+        )
+        return [{**asdict(standing), "evaluation": self._score(draft)} for standing, draft in done]
+
+    def _score(self, draft: Eagle3) -> dict[str, Any]:
+        return to_plain(evaluate(draft, self._held_out, self._frozen, GAMMA))
+
+
+def _theirs(*words: object, log: Path = OUT / "log") -> None:
+    """Run bench/peers_run.py on this core, in the environment of `speculators`."""
+    built = engine_environment("speculators")
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [str(built.python), str(CHECKOUT / "bench" / "peers_run.py"), *map(str, words)]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        done = subprocess.run(
+            command, env=built.environment | quiet, stdout=file, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        raise RuntimeError(f"speculators failed: see {log}")
+
+
+def claims_of(parts: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """From the parts of all seeds that have run."""
+    claims: list[Claim] = []
+    ends = {arm: [part[arm][-1] for part in parts] for arm in (*THEIRS, *OURS)}
+    rates = {arm: [end["tokens"] / end["seconds"] for end in found] for arm, found in ends.items()}
+    for arm, label in {**THEIRS, TIME: "ours"}.items():
+        what = f"{label}: trained tokens a CPU second, median of {len(parts)} seeds"
+        claims.append(Claim(f"rate.{arm}", what, report.median(rates[arm]), "tokens/s", runs=rates[arm]))
+    for arm, label in THEIRS.items():
+        ratio = report.paired_ratio(rates[TIME], rates[arm])
+        what = f"trained tokens/s, ours over {label} (95% {ratio.low:.2f}..{ratio.high:.2f})"
+        claims.append(at_least(f"rate.over.{arm}", what, ratio.median, 1.5, "x"))
+    for arm, label in {**THEIRS, TOKENS: "ours, same tokens", TIME: "ours, same time"}.items():
+        for at in range(min(len(part[arm]) for part in parts)):
+            claims.append(_reached(f"reached.{arm}.{at}", label, [part[arm][at] for part in parts]))
+    for ours, when in OURS.items():
+        for arm, label in THEIRS.items():
+            found = difference(_evaluations(ends[ours]), _evaluations(ends[arm]))
+            what = f"held-out acceptance length {when}, ours less {label}"
+            claims.append(Claim(f"{ours}.over.{arm}", f"{what} (95% {found.low:.3f}..{found.high:.3f})", found.median))
+            claims.append(at_least(f"{ours}.over.{arm}.low", f"{what}: lower end", found.low, 0.0))
+    return claims
+
+
+def _reached(id: str, label: str, found: Sequence[Mapping[str, Any]]) -> Claim:
+    scored = difference(_evaluations(found))
+    tokens, seconds = (report.median([end[key] for end in found]) for key in ("tokens", "seconds"))
+    what = f"{label}: acceptance length after {tokens:,.0f} tokens, {seconds:.0f} s"
+    what += f" (95% {scored.low:.3f}..{scored.high:.3f}, {scored.pairs} requests)"
+    return Claim(id, what, scored.median, runs=[item.length for item in _evaluations(found)])
+
+
+def _evaluations(found: Sequence[Mapping[str, Any]]) -> list[Evaluation]:
+    return [from_plain(Evaluation, item["evaluation"]) for item in found]
+
+
+def _digest(epochs: int, draft: Checkpoint, runs: Sequence[Run]) -> str:
+    """Names what a part's figures follow from, beside the code."""
+    plain = [epochs, UNROLL, GAMMA, ROWS, asdict(options_for(Recipe.COLD, {})), draft.version]
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    for run in runs:
+        digest.update(run.group)
+    return digest.hexdigest()[:20]
+
+
+def main() -> None:
+    """Run what is missing, publish after each part."""
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of speculators")
+    given = parser.parse_args()
+    model_dir = model.make(model.DEFAULT)
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    samples = code_samples(model_dir)
+    source = checkpoint.load(first_draft(model_dir))
+    runs = read_runs([*samples.train, *samples.held_out], source.config.hidden, source.config.vocab)
+    parts = Parts(OUT, _digest(given.epochs, source, runs))
+    names = [f"seed-{seed}" for seed in range(given.seeds)]
+    missing = [seed for seed, name in enumerate(names) if parts.read(name) is None]
+    bench = Bench(model_dir, samples) if missing else None
+    for seed in missing:
+        assert bench is not None
+        parts.write(names[seed], bench.part(seed, given.epochs))
+        report.write(NAME, claims_of(parts.first(*names)))
+        print(f"{BENCH_DIR / NAME}.json: {names[seed]}", flush=True)
+    report.publish(NAME, claims_of(parts.first(*names)))
+
+
+if __name__ == "__main__":
+    main()
