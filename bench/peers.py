@@ -1,7 +1,7 @@
 """Our trainer against that of `speculators` 0.9 (from PyPI): same samples, vocabulary map, draft size and unroll, on one core each.
 
-`python -m bench.peers` runs the parts that are missing, one for each seed, and writes the claims after each; raw figures are under
-build/peers/. A part runs these trainings one after the other:
+`python -m bench.peers` runs the parts that are missing, and writes the claims after each seed; raw figures are under build/peers/. A part
+is one of these trainings, each with every seed, the seeds one after the other:
 
     defaults  `speculators` with its own defaults, but packs of two runs: its 8,192 rows would give it two steps an epoch of these samples,
               and with 1,024 it reached 1.21 where it reached more than 1.66 with these (one seed)
@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from bench import cold, model, report
 from bench.drafts import Samples, code_samples, first_draft
 from bench.forgetting import difference
 from bench.peers_draft import read
-from bench.report import BENCH_DIR, Claim, at_least
+from bench.report import Claim, at_least
 from bench.study import Parts
 from tests.engines.environment import CHECKOUT, engine_environment
 from tided.draft import checkpoint
@@ -53,6 +53,8 @@ GAMMA = UNROLL = 3
 DEFAULTS, SETTINGS, TOKENS, TIME = "defaults", "settings", "tokens", "time"
 THEIRS = {DEFAULTS: "speculators, its defaults", SETTINGS: "speculators, our settings"}
 OURS = {TOKENS: "after the same tokens", TIME: "after the same time"}
+ARMS = (TOKENS, *THEIRS, TIME)
+"""In the order in which they run: the last one takes its seconds from theirs."""
 ROWS = 272
 """Of a pack of theirs: two runs of these samples, about as many trained tokens as a pack of ours."""
 OUT = Path("build/peers")
@@ -81,16 +83,14 @@ class Bench:
             _theirs("samples", shard, model_dir, partial / "rows")
             partial.rename(self._data)
 
-    def part(self, seed: int, epochs: int) -> dict[str, Any]:
-        """All trainings of one seed: for each what `_theirs` reports, or the like, with an evaluation."""
-        found: dict[str, Any] = {arm: self._their_training(arm, seed, epochs) for arm in THEIRS}
-        faster = min((found[arm] for arm in THEIRS), key=lambda epochs: epochs[-1]["seconds"])
-        marks = [epoch["seconds"] for epoch in faster]
-        return {
-            **found,
-            TOKENS: self._our_training({"seed": seed, "passes": epochs}, 1e6, []),
-            TIME: self._our_training({"seed": seed}, marks[-1], marks[:-1]),
-        }
+    def training(self, arm: str, seed: int, epochs: int, faster: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """One training: tokens, steps, seconds and an evaluation after each epoch, the last at the end. `faster`: that of its two."""
+        if arm in THEIRS:
+            return self._their_training(arm, seed, epochs)
+        if arm == TOKENS:
+            return self._our_training({"seed": seed, "passes": epochs}, cold.NO_BUDGET_S, [])
+        *marks, budget_s = (epoch["seconds"] for epoch in faster)
+        return self._our_training({"seed": seed}, budget_s, marks)
 
     def _their_training(self, arm: str, seed: int, epochs: int) -> list[dict[str, Any]]:
         out = OUT / f"{arm}-{seed}"
@@ -161,9 +161,9 @@ def _theirs(*words: object, log: Path = OUT / "log") -> None:
 
 
 def claims_of(parts: Sequence[Mapping[str, Any]]) -> list[Claim]:
-    """From the parts of all seeds that have run."""
+    """From the trainings of each seed, by arm."""
     claims: list[Claim] = []
-    ends = {arm: [part[arm][-1] for part in parts] for arm in (*THEIRS, *OURS)}
+    ends = {arm: [part[arm][-1] for part in parts] for arm in ARMS}
     rates = {arm: [end["tokens"] / end["seconds"] for end in found] for arm, found in ends.items()}
     for arm, label in {**THEIRS, TIME: "ours"}.items():
         what = f"{label}: trained tokens a CPU second, median of {len(parts)} seeds"
@@ -218,15 +218,27 @@ def main() -> None:
     source = checkpoint.load(first_draft(model_dir))
     runs = read_runs([*samples.train, *samples.held_out], source.config.hidden, source.config.vocab)
     parts = Parts(OUT, _digest(given.epochs, source, runs))
-    names = [f"seed-{seed}" for seed in range(given.seeds)]
-    missing = [seed for seed, name in enumerate(names) if parts.read(name) is None]
-    bench = Bench(model_dir, samples) if missing else None
-    for seed in missing:
-        assert bench is not None
-        parts.write(names[seed], bench.part(seed, given.epochs))
-        report.write(NAME, claims_of(parts.first(*names)))
-        print(f"{BENCH_DIR / NAME}.json: {names[seed]}", flush=True)
-    report.publish(NAME, claims_of(parts.first(*names)))
+    bench: Bench | None = None
+    for seed in range(given.seeds):
+        for arm in ARMS:
+            if parts.read(f"{arm}-{seed}") is not None:
+                continue
+            bench = bench or Bench(model_dir, samples)
+            ended = min(_of(parts, seed, THEIRS), key=lambda epochs: epochs[-1]["seconds"], default=[])
+            epochs = bench.training(arm, seed, given.epochs, ended)
+            parts.write(f"{arm}-{seed}", {"epochs": epochs})
+            print(f"seed {seed}, {arm}: {epochs[-1]['seconds']:.0f} s", flush=True)
+        report.write(NAME, claims_of(_seeds(parts, seed + 1)))
+    report.publish(NAME, claims_of(_seeds(parts, given.seeds)))
+
+
+def _of(parts: Parts, seed: int, arms: Iterable[str]) -> list[list[dict[str, Any]]]:
+    return [part["epochs"] for part in parts.first(*(f"{arm}-{seed}" for arm in arms))]
+
+
+def _seeds(parts: Parts, seeds: int) -> list[dict[str, list[dict[str, Any]]]]:
+    """By arm what `Bench.training` gave, for each seed."""
+    return [dict(zip(ARMS, _of(parts, seed, ARMS), strict=True)) for seed in range(seeds)]
 
 
 if __name__ == "__main__":
