@@ -206,10 +206,13 @@ def _digest(epochs: int, draft: Checkpoint, runs: Sequence[Run]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, publish after each part."""
+    """Run what is missing; publish the seeds that are whole after each part."""
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of speculators")
+    parser.add_argument(
+        "--parts", type=int, default=SEEDS * len(ARMS), help="run at most that many of those that are missing"
+    )
     given = parser.parse_args()
     model_dir = model.make(model.DEFAULT)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -218,27 +221,29 @@ def main() -> None:
     source = checkpoint.load(first_draft(model_dir))
     runs = read_runs([*samples.train, *samples.held_out], source.config.hidden, source.config.vocab)
     parts = Parts(OUT, _digest(given.epochs, source, runs))
-    bench: Bench | None = None
-    for seed in range(given.seeds):
-        for arm in ARMS:
-            if parts.read(f"{arm}-{seed}") is not None:
-                continue
-            bench = bench or Bench(model_dir, samples)
-            ended = min(_of(parts, seed, THEIRS), key=lambda epochs: epochs[-1]["seconds"], default=[])
-            epochs = bench.training(arm, seed, given.epochs, ended)
-            parts.write(f"{arm}-{seed}", {"epochs": epochs})
-            print(f"seed {seed}, {arm}: {epochs[-1]['seconds']:.0f} s", flush=True)
-        report.write(NAME, claims_of(_seeds(parts, seed + 1)))
-    report.publish(NAME, claims_of(_seeds(parts, given.seeds)))
+    everything = [(seed, arm) for seed in range(given.seeds) for arm in ARMS]
+    missing = [(seed, arm) for seed, arm in everything if parts.read(f"{arm}-{seed}") is None]
+    bench = Bench(model_dir, samples) if missing else None
+    for seed, arm in missing[: given.parts]:
+        assert bench is not None
+        ended = min(_of(parts, seed, THEIRS), key=lambda epochs: epochs[-1]["seconds"], default=[])
+        epochs = bench.training(arm, seed, given.epochs, ended)
+        parts.write(f"{arm}-{seed}", {"epochs": epochs})
+        print(f"seed {seed}, {arm}: {epochs[-1]['seconds']:.0f} s", flush=True)
+        if whole := _whole(parts, given.seeds):
+            report.write(NAME, claims_of(whole))
+    if whole := _whole(parts, given.seeds):
+        report.publish(NAME, claims_of(whole))
 
 
 def _of(parts: Parts, seed: int, arms: Iterable[str]) -> list[list[dict[str, Any]]]:
     return [part["epochs"] for part in parts.first(*(f"{arm}-{seed}" for arm in arms))]
 
 
-def _seeds(parts: Parts, seeds: int) -> list[dict[str, list[dict[str, Any]]]]:
-    """By arm what `Bench.training` gave, for each seed."""
-    return [dict(zip(ARMS, _of(parts, seed, ARMS), strict=True)) for seed in range(seeds)]
+def _whole(parts: Parts, seeds: int) -> list[dict[str, list[dict[str, Any]]]]:
+    """By arm what `Bench.training` gave, for each seed whose trainings have all run."""
+    found = [_of(parts, seed, ARMS) for seed in range(seeds)]
+    return [dict(zip(ARMS, of_seed, strict=True)) for of_seed in found if len(of_seed) == len(ARMS)]
 
 
 if __name__ == "__main__":
