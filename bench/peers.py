@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,9 @@ THEIRS = {DEFAULTS: "speculators, its defaults", SETTINGS: "speculators, our set
 OURS = {TOKENS: "after the same tokens", TIME: "after the same time"}
 ARMS = (TOKENS, *THEIRS, TIME)
 """In the order in which they run: the last one takes its seconds from theirs."""
-ROWS = 272
-"""Of a pack of theirs: two runs of these samples, about as many trained tokens as a pack of ours."""
 OUT = Path("build/peers")
+ROWS = {DEFAULTS: 272, SETTINGS: 136}
+"""Of a pack of theirs: two runs of these samples, or one, which has about as many trained tokens as a pack of ours."""
 
 
 class Bench:
@@ -105,7 +105,7 @@ class Bench:
             "save-path": out / "drafts",
             "log-dir": out / "logs",
             "train-data-ratio": (rows + 0.5) / (rows + 1),
-            "total-seq-len": ROWS,
+            "total-seq-len": ROWS[arm],
             "ttt-steps": UNROLL,
             "epochs": epochs,
             "seed": seed,
@@ -196,13 +196,37 @@ def _evaluations(found: Sequence[Mapping[str, Any]]) -> list[Evaluation]:
     return [from_plain(Evaluation, item["evaluation"]) for item in found]
 
 
-def _digest(epochs: int, draft: Checkpoint, runs: Sequence[Run]) -> str:
-    """Names what a part's figures follow from, beside the code."""
-    plain = [epochs, UNROLL, GAMMA, ROWS, asdict(options_for(Recipe.COLD, {})), draft.version]
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
-    for run in runs:
-        digest.update(run.group)
-    return digest.hexdigest()[:20]
+class Done:
+    """The parts that have run, each under the plan that its figures follow from, beside the code."""
+
+    def __init__(self, epochs: int, draft: Checkpoint, runs: Sequence[Run]) -> None:
+        common = [epochs, UNROLL, GAMMA, draft.version, *(run.group.hex() for run in runs)]
+        ours = to_plain(options_for(Recipe.COLD, {}))
+        plans = {arm: [common, ROWS.get(arm), None if arm == DEFAULTS else ours] for arm in ARMS}
+        self._parts = {
+            arm: Parts(OUT, hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:20]) for arm, plan in plans.items()
+        }
+
+    def read(self, arm: str, seed: int) -> list[dict[str, Any]] | None:
+        """What `Bench.training` gave; None when it has not run."""
+        part = self._parts[arm].read(f"{arm}-{seed}")
+        return part and part["epochs"]
+
+    def write(self, arm: str, seed: int, epochs: list[dict[str, Any]]) -> None:
+        """Keep it."""
+        self._parts[arm].write(f"{arm}-{seed}", {"epochs": epochs})
+
+    def faster(self, seed: int) -> list[dict[str, Any]]:
+        """Of the other trainer's two trainings, the one that took less time; nothing before both have run."""
+        found = [self.read(arm, seed) for arm in THEIRS]
+        return (
+            min((epochs for epochs in found if epochs), key=lambda epochs: epochs[-1]["seconds"]) if all(found) else []
+        )
+
+    def whole(self, seeds: int) -> list[dict[str, list[dict[str, Any]]]]:
+        """By arm, for each seed whose trainings have all run."""
+        found = [{arm: epochs for arm in ARMS if (epochs := self.read(arm, seed))} for seed in range(seeds)]
+        return [by_arm for by_arm in found if len(by_arm) == len(ARMS)]
 
 
 def main() -> None:
@@ -220,30 +244,18 @@ def main() -> None:
     samples = code_samples(model_dir)
     source = checkpoint.load(first_draft(model_dir))
     runs = read_runs([*samples.train, *samples.held_out], source.config.hidden, source.config.vocab)
-    parts = Parts(OUT, _digest(given.epochs, source, runs))
-    everything = [(seed, arm) for seed in range(given.seeds) for arm in ARMS]
-    missing = [(seed, arm) for seed, arm in everything if parts.read(f"{arm}-{seed}") is None]
+    done = Done(given.epochs, source, runs)
+    missing = [(seed, arm) for seed in range(given.seeds) for arm in ARMS if done.read(arm, seed) is None]
     bench = Bench(model_dir, samples) if missing else None
     for seed, arm in missing[: given.parts]:
         assert bench is not None
-        ended = min(_of(parts, seed, THEIRS), key=lambda epochs: epochs[-1]["seconds"], default=[])
-        epochs = bench.training(arm, seed, given.epochs, ended)
-        parts.write(f"{arm}-{seed}", {"epochs": epochs})
+        epochs = bench.training(arm, seed, given.epochs, done.faster(seed))
+        done.write(arm, seed, epochs)
         print(f"seed {seed}, {arm}: {epochs[-1]['seconds']:.0f} s", flush=True)
-        if whole := _whole(parts, given.seeds):
+        if whole := done.whole(given.seeds):
             report.write(NAME, claims_of(whole))
-    if whole := _whole(parts, given.seeds):
+    if whole := done.whole(given.seeds):
         report.publish(NAME, claims_of(whole))
-
-
-def _of(parts: Parts, seed: int, arms: Iterable[str]) -> list[list[dict[str, Any]]]:
-    return [part["epochs"] for part in parts.first(*(f"{arm}-{seed}" for arm in arms))]
-
-
-def _whole(parts: Parts, seeds: int) -> list[dict[str, list[dict[str, Any]]]]:
-    """By arm what `Bench.training` gave, for each seed whose trainings have all run."""
-    found = [_of(parts, seed, ARMS) for seed in range(seeds)]
-    return [dict(zip(ARMS, of_seed, strict=True)) for of_seed in found if len(of_seed) == len(ARMS)]
 
 
 if __name__ == "__main__":
