@@ -88,4 +88,4 @@ def test_other_commands_do_not_pay_for_it() -> None:
 def test_bars() -> None:
     assert bars([0.0, 1.0, 8.0], 8.0) == " ▂█"
     assert bars([0.0], 0.0) == " "
-    assert len(KINDS) == 16
+    assert len(KINDS) == 18
