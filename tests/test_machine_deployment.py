@@ -23,10 +23,9 @@ from tided.machine.deployment import (
     WatchRules,
     step,
     validate_state,
-    watched_length,
 )
 from tided.model.errors import InvariantBroken
-from tided.model.records import Deployment, DeploymentState
+from tided.model.records import Deployment, DeploymentState, ServedSums, WatchPeer
 
 S = DeploymentState
 NEW, OLD, OTHER = "a" * 64, "b" * 64, "c" * 64
@@ -37,8 +36,8 @@ PENDING = Deployment("d1", "engine-a", NEW, OLD, S.PENDING, 7, NOW, NOW, "gate",
 SWAPPING = replace(PENDING, state=S.SWAPPING, deadline_ms=NOW + 1, command="cmd-1")
 SWAPPING_LATE = replace(SWAPPING, deadline_ms=NOW)
 WATCHING = replace(PENDING, state=S.WATCHING, deadline_ms=NOW + 1, swap_s=0.1)
-WATCHED_WELL = replace(WATCHING, watched_requests=9, watched_steps=100, watched_accepted=100)
-WATCHED_BADLY = replace(WATCHED_WELL, watched_accepted=70)
+WATCHED_WELL = replace(WATCHING, watched=ServedSums(9, 100, 100))
+WATCHED_BADLY = replace(WATCHED_WELL, watched=ServedSums(9, 100, 70))
 WATCH_OVER = replace(WATCHED_WELL, deadline_ms=NOW)
 WATCH_OVER_BADLY = replace(WATCHED_BADLY, deadline_ms=NOW)
 RESTORING = replace(WATCHING, state=S.RESTORING, command="cmd-1", error="bad")
@@ -69,8 +68,8 @@ EVENTS: dict[str, DeploymentEvent] = {
     "new-seen": VersionSeen(NOW, NEW, 0.1),
     "old-seen": VersionSeen(NOW, OLD),
     "other-seen": VersionSeen(NOW, OTHER),
-    "served": RequestsServed(NOW, NEW, 1, 10, 10),
-    "served-old": RequestsServed(NOW, OLD, 1, 10, 10),
+    "served": RequestsServed(NOW, NEW, ServedSums(1, 10, 10)),
+    "served-old": RequestsServed(NOW, OLD, ServedSums(1, 10, 10)),
     "rollback": RollbackRequested(NOW, "asked"),
     "rollback-quarantine": RollbackRequested(NOW, "asked", quarantine=True),
     "time": TimePassed(NOW),
@@ -82,7 +81,7 @@ BLAME_AND_RESTORE = (Quarantine, SendSwap, Announce)
 TABLE: dict[tuple[str, str], tuple[DeploymentState, tuple[type, ...]]] = {
     ("pending", "started"): (S.SWAPPING, (SendSwap,)),
     ("pending", "rollback"): (S.FAILED, (Announce,)),
-    ("pending", "rollback-quarantine"): (S.FAILED, (Announce,)),
+    ("pending", "rollback-quarantine"): (S.FAILED, (Quarantine, Announce)),
     ("swapping", "sent"): (S.SWAPPING, ()),
     ("swapping", "failed"): (S.RESTORING, RESTORE),
     ("swapping", "new-seen"): (S.WATCHING, (Announce,)),
@@ -150,19 +149,19 @@ def test_a_good_deployment_from_beginning_to_end() -> None:
         SwapSent(NOW, "cmd-9"),
         VersionSeen(NOW + 10, OLD),
         VersionSeen(NOW + 20, NEW, 0.05),
-        RequestsServed(NOW + 30, OLD, 50, 500, 0),
-        RequestsServed(NOW + 40, NEW, 9, 90, 100),
-        RequestsServed(NOW + 50, NEW, 1, 10, 30),
+        RequestsServed(NOW + 30, OLD, ServedSums(50, 500, 0)),
+        RequestsServed(NOW + 40, NEW, ServedSums(9, 90, 100)),
+        RequestsServed(NOW + 50, NEW, ServedSums(1, 10, 30)),
     ):
         deployment, _ = step(deployment, event, RULES)
     assert deployment.state is S.LIVE
-    assert (deployment.swap_s, deployment.watched_requests, deployment.updated_ms) == (0.05, 10, NOW + 50)
-    assert watched_length(deployment) == 2.3
+    assert (deployment.swap_s, deployment.watched.requests, deployment.updated_ms) == (0.05, 10, NOW + 50)
+    assert deployment.watched.length == 2.3
 
 
 def test_the_margin_is_a_share_of_the_incumbents_length() -> None:
     for accepted, expected in ((81, S.LIVE), (79, S.RESTORING)):
-        after, _ = step(WATCHING, RequestsServed(NOW, NEW, 10, 100, accepted), RULES)
+        after, _ = step(WATCHING, RequestsServed(NOW, NEW, ServedSums(10, 100, accepted)), RULES)
         assert after.state is expected
 
 
@@ -177,7 +176,7 @@ def test_a_draft_that_has_proved_itself_elsewhere_is_taken_back_and_not_blamed()
 def test_without_traffic_or_a_baseline_there_is_no_evidence_against_the_gate() -> None:
     assert step(replace(WATCHING, deadline_ms=NOW), TimePassed(NOW), RULES)[0].state is S.LIVE
     unknown = replace(WATCHING, baseline_length=0.0)
-    assert step(unknown, RequestsServed(NOW, NEW, 10, 100, 0), RULES)[0].state is S.LIVE
+    assert step(unknown, RequestsServed(NOW, NEW, ServedSums(10, 100, 0)), RULES)[0].state is S.LIVE
 
 
 def test_a_first_version_that_fails_has_nothing_to_go_back_to() -> None:
@@ -191,7 +190,7 @@ def test_a_first_version_that_fails_has_nothing_to_go_back_to() -> None:
     "broken",
     [
         replace(SWAPPING, deadline_ms=0),
-        replace(PENDING, watched_requests=1),
+        replace(PENDING, watched=ServedSums(1, 10, 10)),
         replace(RESTORING, error=""),
         replace(LIVE, error="x"),
         replace(LIVE, command="cmd"),
@@ -253,7 +252,7 @@ class AnEngineThatMisbehaves(RuleBasedStateMachine):
 
     @rule(requests=st.integers(1, 20), accepted=st.integers(0, 300))
     def traffic(self, requests: int, accepted: int) -> None:
-        self.happen(RequestsServed(self.now_ms, self.served, requests, 100, accepted))
+        self.happen(RequestsServed(self.now_ms, self.served, ServedSums(requests, 100, accepted)))
 
     @rule(quarantine=st.booleans())
     def operator_asks_for_rollback(self, quarantine: bool) -> None:
@@ -269,8 +268,7 @@ class AnEngineThatMisbehaves(RuleBasedStateMachine):
         validate_state(self.deployment)
         if self.deployment.state is S.LIVE:
             assert NEW not in self.quarantined
-            length = watched_length(self.deployment)
-            assert self.deployment.watched_steps == 0 or length >= 1.8
+            assert self.deployment.watched.steps == 0 or self.deployment.watched.length >= 1.8
         if self.ended is not None:
             assert self.deployment == self.ended
         if self.deployment.state.final:

@@ -227,10 +227,21 @@ class GateConfig(_Section):
 
 
 class DeploymentConfig(_Section):
+    """How a new version is watched. `canary_requests` and `canary_s` are those of the watch on one engine that others wait for,
+    `watch_requests` and `watch_s` of any other."""
+
     swap_deadline_s: Seconds = 30.0
     watch_requests: Count = 20
     watch_s: Seconds = 120.0
+    canary_requests: Count = 60
+    canary_s: Seconds = 300.0
     rollback_margin: Annotated[float, Field(gt=0, lt=1)] = 0.10
+
+    @model_validator(mode="after")
+    def _check_canary(self) -> Self:
+        if self.canary_requests < self.watch_requests or self.canary_s < self.watch_s:
+            raise ValueError("canary_requests and canary_s must be at least watch_requests and watch_s")
+        return self
 
 
 class JobsConfig(_Section):
