@@ -50,7 +50,9 @@ def test_the_error_is_that_of_a_ratio_over_requests() -> None:
     assert length_error(alike(10, 2.2)) == 0.0
     sums = ServedSums.of(10, 5).plus(ServedSums.of(10, 15))
     assert sums.length == 2.0
-    assert length_error(sums) == pytest.approx(0.5)  # 0.5 and 1.5 a step: a standard deviation of 0.71, over the root of 2
+    assert length_error(sums) == pytest.approx(
+        0.5
+    )  # 0.5 and 1.5 a step: a standard deviation of 0.71, over the root of 2
     draw = random.Random(1)
     found = [drawn(draw, 40, 2.0) for _ in range(400)]
     mean = sum(sums.length for sums in found) / len(found)
@@ -110,7 +112,7 @@ def test_a_change_of_the_engines_shares_is_none_of_acceptance() -> None:
 
 
 def verdicts(factor: float, moved: float, requests: int, runs: int = 300) -> dict[Verdict, float]:
-    """Shares of the verdicts on a draft that accepts `factor` of the incumbent's length, where traffic lets all accept `moved` of before."""
+    """Shares of the verdicts on a draft that accepts `factor` of the incumbent's length; of all, `moved` of before is accepted."""
     draw, found = random.Random(7), dict.fromkeys(Verdict, 0.0)
     for _ in range(runs):
         before, others = drawn(draw, 40, 2.0), drawn(draw, 40, 2.0)
@@ -130,12 +132,15 @@ def test_on_simulated_traffic_the_bad_are_found_and_the_good_are_not_blamed(move
     assert verdicts(1.2, moved, 20)[Verdict.WORSE] == 0.0
 
 
-SUMS = st.builds(
-    alike, st.integers(0, 40), st.floats(1.0, 5.0, allow_nan=False), st.integers(1, 40)
+SUMS = st.builds(alike, st.integers(0, 40), st.floats(1.0, 5.0, allow_nan=False), st.integers(1, 40))
+
+
+@given(
+    SUMS,
+    st.floats(0, 5),
+    st.floats(0, 2),
+    st.lists(st.builds(peer, st.floats(1, 5), SUMS, st.floats(0, 1)), max_size=4),
 )
-
-
-@given(SUMS, st.floats(0, 5), st.floats(0, 2), st.lists(st.builds(peer, st.floats(1, 5), SUMS, st.floats(0, 1)), max_size=4))
 def test_it_is_total_and_other_engines_never_make_it_worse(
     watched: ServedSums, before: float, error: float, peers: list[WatchPeer]
 ) -> None:

@@ -81,7 +81,7 @@ class VersionBlamed:
 
 @dataclass(frozen=True, slots=True)
 class HeadMoved:
-    """The version has become its target's head by an operator's word."""
+    """The version is its target's head: an operator's word, or that of a leader before us."""
 
     now_ms: int
 
@@ -153,7 +153,7 @@ def _choosing(canary: Canary, event: CanaryEvent) -> Step:
         case VersionBlamed(_, reason):
             return _ended(canary, _S.FAILED, reason)
         case HeadMoved():
-            return _ended(canary, _S.PASSED, "it was deployed onto all by an operator")
+            return _ended(canary, _S.PASSED, "it is what all engines are to serve")
         case TimePassed(now_ms) if now_ms >= canary.deadline_ms:
             return _ended(canary, _S.WITHDRAWN, "no engine could take it in time")
         case _:
@@ -180,7 +180,7 @@ def _watching(canary: Canary, event: CanaryEvent, rules: CanaryRules) -> Step:
         case VersionBlamed(_, reason):
             return _ended(canary, _S.FAILED, reason)
         case HeadMoved():
-            return _ended(canary, _S.PASSED, "it was deployed onto all by an operator")
+            return _ended(canary, _S.PASSED, "it is what all engines are to serve")
         case Placed() | NowhereToGo() | TimePassed():
             return canary, ()
 

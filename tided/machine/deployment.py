@@ -35,10 +35,10 @@ class WatchRules:
 
     def enough(self, deployment: Deployment) -> int:
         """Requests that a good version's watch lasts."""
-        return self.canary_requests if deployment.trial else self.watch_requests
+        return max(self.watch_requests, self.canary_requests if deployment.trial else 0)
 
     def longest_ms(self, deployment: Deployment) -> int:
-        return self.canary_ms if deployment.trial else self.watch_ms
+        return max(self.watch_ms, self.canary_ms if deployment.trial else 0)
 
 
 DEFAULT_RULES = WatchRules()

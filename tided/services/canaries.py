@@ -185,7 +185,9 @@ class Canaries:
     def _rules(self) -> CanaryRules:
         rules = self._deployer.rules()
         # A deployment of somebody else's that is in the way swaps, is watched, and may have to be restored.
-        return CanaryRules(choose_ms=2 * rules.swap_deadline_ms + rules.watch_ms, absent_ms=rules.canary_ms)
+        return CanaryRules(
+            choose_ms=2 * rules.swap_deadline_ms + rules.watch_ms, absent_ms=max(rules.watch_ms, rules.canary_ms)
+        )
 
 
 def _its_own(deployment: Deployment, canary: Canary) -> bool:
