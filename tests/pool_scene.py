@@ -1,19 +1,14 @@
-"""Several engines and targets under one tided, on a real Valkey, as fixtures: `models` and `scene`."""
+"""Several engines and targets under one tided, on a real Valkey, for tests (`tests.pool_fixtures`)."""
 
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import Valkey
-from tests.control import Control, leading, settings, store_samples, variant
+from tests.control import Control, store_samples, variant
 from tests.engine_double import EngineDouble, describe_double, running_double
 from tests.support import eventually
 from tests.test_services_controller import evaluation
-from tests.tiny import make_draft, make_target
-from tided.config import TargetConfig
 from tided.draft import checkpoint
 from tided.model.records import Deployment, DeploymentState, JobKind, JobResult
 from tided.model.status import EngineStatus
@@ -27,14 +22,6 @@ class Models:
     first: Path
     second: Path
     drafts: dict[Path, Path]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    root = tmp_path_factory.mktemp("models")
-    first, second = make_target(root / "first"), make_target(root / "second", seed=1)
-    drafts = {target: make_draft(target, root / f"{target.name}-0", draft_vocab=64) for target in (first, second)}
-    return Models(first, second, drafts)
 
 
 @dataclass
@@ -122,19 +109,3 @@ class Scene:
             return next((name for name, engine in self.engines.items() if engine.info.version == version), "")
 
         return await eventually(first)
-
-
-@pytest.fixture
-async def scene(valkey: Valkey, tmp_path: Path, models: Models) -> AsyncIterator[Scene]:
-    config = settings(tmp_path, models.first).model_copy(
-        update={
-            "target": (
-                TargetConfig(path=models.first),
-                TargetConfig(path=models.second, name="other", training={"min_rows": 400}),
-            )
-        }
-    )
-    async with AsyncExitStack() as stack:
-        control = await stack.enter_async_context(leading(valkey, config))
-        control.context.clock = lambda: 1_000.0  # it stands still: who is busy stays so, however slow this machine is
-        yield Scene(control, models, valkey, tmp_path, stack)

@@ -16,7 +16,7 @@ from tided.machine.collection import Phase
 from tided.model.errors import Refused
 from tided.model.records import Capability, DeploymentState, JobKind, Recipe
 
-pytest_plugins = ("tests.pool_scene",)
+pytest_plugins = ("tests.pool_fixtures",)
 pytestmark = pytest.mark.real
 
 
