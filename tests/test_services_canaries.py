@@ -1,5 +1,6 @@
 """A trained draft on its canary, engines that do not behave, and people in between: what the other engines get, and what they never get."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from tests.engine_double import EngineDouble
 from tests.pool_scene import Scene
 from tests.support import eventually
-from tided.model.errors import Conflict, Unavailable
+from tided.machine.collection import Phase
+from tided.model.errors import Conflict, Refused, Unavailable
 from tided.model.records import Canary, CanaryState, DeploymentState
 from tided.services.context import Context
 from tided.services.controller import Controller
@@ -37,7 +39,17 @@ class Trial:
         self.trainings += 1
         created_ms = (await dispatcher.current(digest)).since_ms + 1_000 * (1 + self.trainings)
         self.scene.samples("a", self.scene.models.first, created_ms)
+        if (await dispatcher.current(digest)).phase is Phase.STOPPED:
+            await eventually(self.asked_to_train)
         return await self.scene.finish(await self.scene.claimed(), seed=seed)
+
+    async def asked_to_train(self) -> bool:
+        """After a draft that was no good nothing is trained until traffic drifts, or somebody asks for it."""
+        await self.scene.control.cycle()
+        with suppress(Refused):
+            await self.scene.control.plane.train_now(None, "uid:1")
+            return True
+        return False
 
     async def canary(self) -> Canary:
         found = await self.scene.control.controller.canaries.current(self.a.info.target.digest)
