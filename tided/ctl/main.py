@@ -229,14 +229,13 @@ def drafts_export(
 def drafts_list(context: typer.Context, as_json: Json = False) -> None:
     """All stored versions."""
     from tided.model.records import Draft
-    from tided.model.status import EngineStatus
 
     render, answer = _get(context, "/v1/drafts")
     if as_json:
         render.plain(answer)
     else:
-        served = [engine.info for engine in _records(EngineStatus, _client(context).get("/v1/engines"))]
-        render.drafts(_records(Draft, answer), served)
+        snapshot = _client(context).status()
+        render.drafts(_records(Draft, answer), [engine.info for engine in snapshot.engines], snapshot.canaries)
 
 
 @drafts.command("show")
