@@ -1,6 +1,7 @@
 """Fetching a draft over Redis into a cache on the engine's host: redis and msgpack only (tided.wire.fetch has the protocol)."""
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,12 +26,15 @@ CACHE_BYTES = 8 << 30
 
 
 def cache_dir(engine: str, environment: Mapping[str, str] | None = None) -> Path:
-    """Where an engine keeps drafts that were sent to it: TIDED_CACHE_DIR, or below the user's cache directory."""
+    """Where an engine keeps drafts that were sent to it: TIDED_CACHE_DIR, or below the user's cache directory.
+
+    An engine of several hosts needs one that all of them see under this path.
+    """
     given = os.environ if environment is None else environment
     if root := given.get("TIDED_CACHE_DIR", ""):
         return Path(root)
-    base = given.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "tided" / "drafts" / engine
+    home = given.get("HOME", "") or tempfile.gettempdir()
+    return Path(given.get("XDG_CACHE_HOME", "") or Path(home, ".cache")) / "tided" / "drafts" / engine
 
 
 class Fetcher:
@@ -82,6 +86,7 @@ class Fetcher:
                 if now_s >= until_s:
                     raise Unavailable(f"draft {body.version[:12]}: {taken} of {body.bytes} bytes came in time")
                 if now_s - heard_s >= ASK_AGAIN_S:
+                    self._forget(keys.fetches(self._engine))  # what nobody has answered
                     asked, heard_s = taken, now_s
                 try:
                     asked = self._ask(command, body, taken, asked)
@@ -114,8 +119,8 @@ class Fetcher:
             asked += count
         return asked
 
-    def _forget(self, parts: str) -> None:
+    def _forget(self, key: str) -> None:
         try:
-            self._client.delete(parts)
+            self._client.delete(key)
         except (RedisError, OSError):
             pass  # its TTL does it
