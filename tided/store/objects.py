@@ -52,7 +52,7 @@ def describe_draft(path: Path, version: str, name: str = "") -> StoredObject:
 def kind_of(stored: StoredObject) -> Kind:
     """The kind that an object's key says. Raises `Refused` for a key that none of ours has."""
     kind, _, digest = stored.key.partition("/")
-    if kind not in Kind or digest != check_digest(stored.sha256) or stored.bytes < 1:
+    if kind not in tuple(Kind) or digest != check_digest(stored.sha256) or stored.bytes < 1:
         raise Refused(f"{stored.key[:80]!r} is no key of the shared storage")
     return Kind(kind)
 
