@@ -159,7 +159,9 @@ class StorageConfig(_Section):
     @model_validator(mode="after")
     def _check_url(self) -> Self:
         if self.is_shared and "://" not in self.url.get_secret_value():
-            raise ValueError("url must be one that fsspec knows, such as file:///mnt/tided or s3://bucket/tided, or empty")
+            raise ValueError(
+                "url must be one that fsspec knows, such as file:///mnt/tided or s3://bucket/tided, or empty"
+            )
         return self
 
 

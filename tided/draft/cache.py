@@ -95,7 +95,9 @@ class Cache:
         if size > self._max_bytes:
             raise Refused(f"{self._root}: {size} bytes do not fit into the cache of {self._max_bytes}: make it larger")
         if room < fixed:
-            raise Unavailable(f"{self._root}: {size} bytes do not fit into the cache of {self._max_bytes} beside what is in use")
+            raise Unavailable(
+                f"{self._root}: {size} bytes do not fit into the cache of {self._max_bytes} beside what is in use"
+            )
         used = sum(sizes.values())
         for path in entries:
             if used <= room:

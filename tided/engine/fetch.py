@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -106,7 +107,9 @@ class Fetcher:
             unpacker.close()
             self._forget(parts)
         if actual != body.version:
-            raise Refused(f"draft {body.version[:12]}: what came is {actual[:12]}; it was changed on the way or in tided's store")
+            raise Refused(
+                f"draft {body.version[:12]}: what came is {actual[:12]}; it was changed on the way or in tided's store"
+            )
 
     def _ask(self, command: str, body: Deliver, taken: int, asked: int) -> int:
         """Have up to two windows asked for and not taken, so that the next one is under way while one is written."""
@@ -120,7 +123,5 @@ class Fetcher:
         return asked
 
     def _forget(self, key: str) -> None:
-        try:
+        with suppress(RedisError, OSError):  # its TTL does it too
             self._client.delete(key)
-        except (RedisError, OSError):
-            pass  # its TTL does it

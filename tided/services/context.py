@@ -60,8 +60,8 @@ class Context:
 
     @classmethod
     def of(cls, config: Config, redis: Redis, leadership: Leadership) -> "Context":
-        """Stores over one Redis client and the configured directories. Raises `Unavailable` when a directory cannot be made, `ConfigError` for
-        a storage that cannot be opened."""
+        """Stores over one Redis client and the configured directories. Raises `Unavailable` when a directory cannot be made,
+        `ConfigError` for a storage that cannot be opened."""
         samples = config.samples
         jobs = JobStore(redis, config.jobs.lease_s, config.jobs.keep_s)
         drafts = DraftStore(config.drafts_dir)
@@ -133,9 +133,7 @@ class Context:
 
     async def submit(self, spec: JobSpec, max_attempts: int, job_id: str) -> Job:
         """Queue a job, with what a worker on another host needs for it. Raises `Unavailable`, `Superseded`."""
-        return await self.jobs.submit(
-            await self.exchange.lend(spec), self.leadership.require(), max_attempts, job_id
-        )
+        return await self.jobs.submit(await self.exchange.lend(spec), self.leadership.require(), max_attempts, job_id)
 
     async def now_ms(self) -> int:
         return await redis_time_ms(self.redis)

@@ -1,6 +1,10 @@
-"""Answers engines that fetch a draft over Redis (tided.wire.fetch). Nothing is remembered: a request says all, and any leader can answer."""
+"""Answers engines that fetch a draft over Redis (tided.wire.fetch).
+
+Nothing is remembered: a request says all, so whoever leads can answer it.
+"""
 
 import time
+from typing import Any, cast
 
 import anyio
 import anyio.to_thread
@@ -64,7 +68,7 @@ class Courier:
     async def _answer_all(self, redis: Redis, engine: str) -> None:
         while time.monotonic() < self._until_s[engine]:
             with translated("draft"):
-                asked = await redis.blpop([keys.fetches(engine)], timeout=_BLOCK_S)
+                asked = cast("Any", await redis.blpop([keys.fetches(engine)], timeout=_BLOCK_S))
             if asked is not None and self._leadership.epoch is not None:
                 try:
                     await self._answer(redis, engine, fetch.check(decode(fetch.FetchRequest, asked[1])))

@@ -165,7 +165,9 @@ class Exchange:
     async def _results(self) -> set[str]:
         """Keys of results that tided has yet to take into its own stores."""
         done = await self._jobs.list(_RESULTS, (JobState.SUCCEEDED,))
-        return await anyio.to_thread.run_sync(self._not_taken, [job for job in done if job.result and job.result.objects])
+        return await anyio.to_thread.run_sync(
+            self._not_taken, [job for job in done if job.result and job.result.objects]
+        )
 
     def _not_taken(self, jobs: Iterable[Job]) -> set[str]:
         return {stored.key for job in jobs if job.result and not self._is_taken(job) for stored in job.result.objects}

@@ -230,9 +230,7 @@ def _digest_of(entry: Path, kind: Kind) -> str:
     """Of what a cache holds; "" if it cannot be read."""
     digest = hashlib.sha256()
     try:
-        blocks: Iterable[bytes] = (
-            bundle.blocks(entry) if kind is Kind.DRAFTS else _file_blocks(entry / FILE_NAME)
-        )
+        blocks: Iterable[bytes] = bundle.blocks(entry) if kind is Kind.DRAFTS else _file_blocks(entry / FILE_NAME)
         for block in blocks:
             digest.update(block)
     except TideError:

@@ -206,7 +206,9 @@ def parse_settings(argv: Sequence[str]) -> WorkerSettings:
     parser.add_argument("--kinds", help="comma-separated: train, score, reference")
     parser.add_argument("--work-dir", type=Path, help="for attempts; without --storage tided must be able to read it")
     parser.add_argument("--storage", dest="storage_url", help="the shared storage, where this host has no --config")
-    parser.add_argument("--target", dest="targets", action="append", type=Path, help="with --storage: a target's directory here")
+    parser.add_argument(
+        "--target", dest="targets", action="append", type=Path, help="with --storage: a target's directory here"
+    )
     parser.add_argument("--threads", type=int, help="of each trainer")
     parser.add_argument("--device", help="cpu, cuda or cuda:N")
     parser.add_argument("--cpus", help="cores for the agent and its trainers, comma-separated")

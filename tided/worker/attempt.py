@@ -163,7 +163,14 @@ class Attempt:
             raise Unavailable(
                 f"{self._directory}: cannot be written ({exc.strerror}); free space on the worker"
             ) from exc
-        return [*self._settings.trainer, spec.kind.value, str(spec_file), "--out", str(self._directory), "--with-parent"]
+        return [
+            *self._settings.trainer,
+            spec.kind.value,
+            str(spec_file),
+            "--out",
+            str(self._directory),
+            "--with-parent",
+        ]
 
     # --- the three ways in which it can be over: the trainer, the lease, the agent ---
 
@@ -289,7 +296,9 @@ class Attempt:
 def shared(spec: JobSpec) -> JobSpec:
     """The job as it is, for a worker that shares a filesystem with tided. Raises `Unavailable` when its tided has another storage."""
     if spec.objects:
-        raise Unavailable("the job's samples are in a shared storage, and this worker has none: set storage.url, or --storage")
+        raise Unavailable(
+            "the job's samples are in a shared storage, and this worker has none: set storage.url, or --storage"
+        )
     return spec
 
 

@@ -54,7 +54,9 @@ class Staging:
 
         def here(path: str) -> str:
             if path and path not in local:
-                raise Refused(f"{path}: the job names it, and it is not in the shared storage: it was discarded meanwhile")
+                raise Refused(
+                    f"{path}: the job names it, and it is not in the shared storage: it was discarded meanwhile"
+                )
             return local.get(path, "")
 
         def all_here(paths: tuple[str, ...]) -> tuple[str, ...]:
@@ -75,10 +77,11 @@ class Staging:
     def upload(self, kind: JobKind, result: JobResult) -> JobResult:
         """Put what a job staged into the storage; the result that says where."""
         staged = Path(result.staged)
-        if kind is JobKind.TRAIN:
-            stored = objects.describe_draft(staged, result.version)
-        else:
-            stored = objects.describe_file(staged, Kind.REFERENCES)
+        stored = (
+            objects.describe_draft(staged, result.version)
+            if kind is JobKind.TRAIN
+            else objects.describe_file(staged, Kind.REFERENCES)
+        )
         self._objects.put(stored, staged, anyio.from_thread.check_cancelled)
         return replace(result, objects=(stored,))
 
@@ -98,7 +101,9 @@ class Staging:
                 return self._stager.stage(stored, anyio.from_thread.check_cancelled)
             except NotFound:
                 continue  # tided is about to put it there
-        raise Unavailable(f"{self._objects.shown}: {stored.key} did not come in {WAIT_S:g} s; does tided use this storage?")
+        raise Unavailable(
+            f"{self._objects.shown}: {stored.key} did not come in {WAIT_S:g} s; does tided use this storage?"
+        )
 
     def _target(self, spec: JobSpec) -> Path:
         for path in self._targets:
@@ -109,7 +114,9 @@ class Staging:
                 continue  # perhaps another one is meant
             if self._digests[path] == spec.target:
                 return path.absolute()
-        raise Unavailable(f"target {spec.target[:12]} is not on this worker's host: name its directory as [target] path, or --target")
+        raise Unavailable(
+            f"target {spec.target[:12]} is not on this worker's host: name its directory as [target] path, or --target"
+        )
 
 
 def _polls(until_s: float) -> Iterator[None]:
