@@ -74,10 +74,15 @@ def test_what_is_held_stays_and_what_cannot_fit_is_refused(tmp_path: Path) -> No
 
 def test_an_entry_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 100)
-    with pytest.raises(RuntimeError), cache.filling("a", 10) as directory:
-        (directory / "f").write_bytes(b"half")
-        assert cache.find("a") is None
-        raise RuntimeError
+
+    def fail() -> None:
+        with cache.filling("a", 10) as directory:
+            (directory / "f").write_bytes(b"half")
+            assert cache.find("a") is None
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
     (tmp_path / ".new-b-1-1").mkdir()  # of a process that was killed
     Cache(tmp_path, 100)

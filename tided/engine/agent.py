@@ -290,6 +290,8 @@ class EngineAgent:
         try:
             self._check_epoch(command)
             self._epoch = command.epoch
+            if isinstance(work.fetched, TideError):
+                raise work.fetched
             self._left_s(command)
             match command.body:
                 case SetCapture(on, credit_bytes):
@@ -331,8 +333,6 @@ class EngineAgent:
 
 
 def _found(work: _Work) -> Path:
-    if isinstance(work.fetched, TideError):
-        raise work.fetched
-    if work.fetched is None:
+    if not isinstance(work.fetched, Path):
         raise Refused("this engine fetches no drafts: it takes them from a filesystem that it shares with tided")
     return work.fetched
