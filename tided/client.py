@@ -394,7 +394,7 @@ class Producer:
     @property
     def capabilities(self) -> tuple[Capability, ...]:
         """What follows from how the stack was described."""
-        return self._engine.capabilities
+        return self._agent.declared(self._engine.capabilities)
 
     @property
     def gammas(self) -> tuple[int, ...]:

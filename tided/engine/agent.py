@@ -133,6 +133,11 @@ class EngineAgent:
         """The highest leader's epoch seen."""
         return self._epoch
 
+    def declared(self, capabilities: tuple[Capability, ...]) -> tuple[Capability, ...]:
+        """What the engine can do, and what the agent can do for it."""
+        fetches = self._fetcher is not None and Capability.SWAP in capabilities
+        return (*capabilities, Capability.FETCH) if fetches else capabilities
+
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
@@ -194,8 +199,7 @@ class EngineAgent:
     def _heartbeat(self) -> None:
         with self._heartbeat_lock:  # or an older state could be written over a newer one
             info = dataclasses.replace(self._control.info(), epoch=self._epoch, capturing=self._tap.capturing)
-            if self._fetcher is not None and Capability.SWAP in info.capabilities:
-                info = dataclasses.replace(info, capabilities=(*info.capabilities, Capability.FETCH))
+            info = dataclasses.replace(info, capabilities=self.declared(info.capabilities))
             self._client.set(keys.info(self._engine), encode(info), ex=HEARTBEAT_TTL_S)
 
     def _report(self) -> None:
