@@ -92,6 +92,17 @@ class Exchange:
         self._changed.set()
         return None
 
+    async def contents(self) -> tuple[str, str]:
+        """What is in the storage, in words, and why that, or the last look at it, failed, or ""."""
+        if self._stager is None:
+            return "", ""
+        store = self._stager.objects
+        try:
+            sizes = await anyio.to_thread.run_sync(store.sizes)
+        except Unavailable as exc:
+            return "", str(exc)
+        return f"{len(sizes)} objects, {sum(sizes.values()) / 2**20:.0f} MiB in {store.shown}", self.problem
+
     def look(self) -> None:
         """Look now: something has changed, such as that samples were purged."""
         self._changed.set()
