@@ -4,7 +4,6 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import anyio
 import numpy as np
@@ -110,7 +109,7 @@ async def test_a_draft_is_fetched_checked_and_swapped_to(
 
             def answered() -> bool:
                 nonlocal most
-                most = max(most, cast("int", valkey.client.llen(keys.parts("e1", command))))
+                most = max(most, valkey.client.llen(keys.parts("e1", command)))
                 return any(reply.command == command for reply in talk.replies())
 
             await eventually(answered)

@@ -151,7 +151,7 @@ async def test_a_worker_with_no_shared_path_does_a_job(
         job = await control.context.submit(spec, 3, "job-1")
         hosts.start()
         written = hosts.worker / "w1" / job.id / "attempt-1" / "spec.json"
-        read = json.loads(await eventually(lambda: written.exists() and written.read_text()))
+        read = json.loads(await eventually(lambda: written.read_text() if written.exists() else ""))
         paths = [read["target_dir"], read["draft_dir"], *read["shards"], *read["held_out"]]
         assert len(paths) == 4
         assert all(Path(path).is_relative_to(hosts.worker) for path in paths), paths
