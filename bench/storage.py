@@ -1,9 +1,10 @@
-"""What tided keeps while it trains again and again, against what was tapped: Redis, shards, the cycle in training, replay reserve, held-out.
+"""What tided keeps while it trains again and again, against what was tapped.
 
-`python -m bench.storage [--cycles 66]` writes build/bench/storage.json; about 13 minutes on a free core. tided, its Valkey, its collector, a
-worker and its trainer are real; the serving stack is `tided.client`, which sends rows of SmolLM2's shape. Their ids follow from nothing, so every
-training is judged worse, its samples are consumed, and the next one begins at once: no draft is deployed, and the cycles are all alike.
-Rows come as fast as trainings take them, within `RATE`. Drafts are no samples, and are not counted: their bytes are told beside.
+`python -m bench.storage [--cycles 66]` writes build/bench/storage.json; about 13 minutes on a free core. Kept are Redis' memory for our
+keys, and shards: the cycle in training, what comes in meanwhile, the replay reserve, held-out ones. tided, its Valkey, its collector, a worker
+and its trainer are real; the serving stack is `tided.client`, which sends rows of SmolLM2's shape. Their ids follow from nothing, so
+every training is judged worse, its samples are consumed, and the next one begins at once: no draft is deployed, and all cycles are
+alike. Rows come as fast as trainings take them, within `RATE`. Drafts are no samples, and are not counted: their bytes are told beside.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import asyncio
 import contextlib
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,7 @@ def disk_bytes(directory: Path) -> int:
 
 
 @asynccontextmanager
-async def running(task: Any) -> AsyncIterator[None]:
+async def running(task: Any) -> AsyncGenerator[None]:
     started = asyncio.create_task(task)
     try:
         yield
@@ -184,7 +185,8 @@ async def measure(model: Path, cycles: int, minutes: float) -> list[Claim]:
                             training = (await control.engine()).training
                             now = training.trainings - int(bool(training.job))
                             if now != ended:
-                                print(f"cycle {now}: {moments[-1].kept / 1e6:.1f} MB kept, {serving.tapped_bytes / 1e6:.0f} MB tapped", flush=True)  # fmt: skip
+                                tapped, kept = serving.tapped_bytes / 1e6, moments[-1].kept / 1e6
+                                print(f"cycle {now}: {kept:.1f} MB kept, {tapped:.0f} MB tapped", flush=True)
                             ended = now
                             await asyncio.sleep(EVERY_S)
         drafts = await asyncio.to_thread(disk_bytes, config.drafts_dir)

@@ -3,7 +3,7 @@ the worker's host has mounted the storage at another path."""
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ def host(
 
 
 @asynccontextmanager
-async def three_hosts(root: Path) -> AsyncIterator[tuple[Config, str, str]]:
+async def three_hosts(root: Path) -> AsyncGenerator[tuple[Config, str, str]]:
     """tided's configuration, the engine's URL, and the storage as the worker calls it."""
     target = make_cyclic_target(root / "tiny")
     (root / "tided" / "mnt").mkdir(parents=True)
