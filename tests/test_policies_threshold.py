@@ -18,6 +18,8 @@ PROFILE = LatencyProfile(
     (1, 2, 4, 8, 16, 24, 40), (0.05, 0.05, 0.052, 0.06, 0.09, 0.12, 0.19), (1, 4, 8), (0.005, 0.006, 0.01)
 )
 POLICY = ThresholdPolicy()
+THRIFTY = ThresholdPolicy(most_lost=0.004)
+"""What loses is given up so soon that the usual account is seldom overdrawn."""
 
 
 def ran(steps: int, alpha: float | None = None, batch: int = 1, gamma: int = 1) -> tuple[StepCounts, ...]:
@@ -79,11 +81,29 @@ def test_unknown_acceptance_or_no_draft_is_off() -> None:
     assert decide(seen(0.9, version=""))[0].gammas == (0,) * 8
 
 
-def test_drift_turns_it_off_after_the_dwell_only() -> None:
-    on, early, late = decide(seen(0.7), seen(0.05, measured=ran(5)), seen(0.05, measured=ran(POLICY.dwell_steps)))
+def test_what_loses_is_off_at_once_and_on_again_after_the_dwell_only() -> None:
+    on, off, early, late = decide(
+        seen(0.7),
+        seen(0.05, measured=ran(5)),
+        seen(0.7, measured=ran(5)),
+        seen(0.7, measured=ran(POLICY.dwell_steps)),
+    )
     assert on.gammas[0] > 0
-    assert early.gammas == on.gammas
-    assert late.gammas == (0,) * 8
+    assert off.gammas == (0,) * 8
+    assert early.gammas == off.gammas
+    assert late.gammas == on.gammas
+
+
+def test_the_easy_first_tokens_of_many_requests_are_no_jump() -> None:
+    """Four steps in which 16 requests accepted 59 of 64 tokens were measured on vLLM, where they accept 62% in the long run."""
+    opening = (StepCounts(8, 1, 4, 0.4, (3, 29)),)
+    [_, decision] = decide(seen(0.6, running=8), seen(0.6, now_s=0.5, running=8, measured=opening))
+    assert decision.gammas[7] == 0
+
+
+def test_an_idle_engine_is_not_probed_when_requests_come() -> None:
+    [_, _, busy] = decide(seen(0.05), seen(0.05, now_s=60.0, running=0, measured=()), seen(0.05, now_s=60.5))
+    assert not busy.probing
 
 
 def test_a_new_version_is_judged_at_once() -> None:
@@ -166,7 +186,7 @@ def turned_against(policy: ThresholdPolicy, seconds: int) -> Iterator[tuple[Thre
 
 
 def test_traffic_that_turns_against_every_decision_is_given_up_for_a_while() -> None:
-    decisions = [decision for _, decision in turned_against(POLICY, 300)]
+    decisions = [decision for _, decision in turned_against(THRIFTY, 300)]
     stopped = [decision for decision in decisions if "off until" in decision.reason]
     assert len(stopped) > 60
     assert {decision.gammas for decision in stopped} == {(0,) * 8}
@@ -229,7 +249,8 @@ def test_noise_within_the_hysteresis_does_not_flap(profile: LatencyProfile, alph
     state, changes, before = POLICY.start(), [0] * 8, None
     for _ in range(60):
         noisy = min(1.0, max(0.0, alpha + draw.uniform(-noise, noise)))
-        state, decision = POLICY.decide(state, seen(noisy, profile=profile, measured=ran(POLICY.dwell_steps)))
+        as_said = replace(ran(POLICY.dwell_steps)[0], seconds=POLICY.dwell_steps * step_s(profile, 1, 0))
+        state, decision = POLICY.decide(state, seen(noisy, profile=profile, measured=(as_said,)))
         if before is not None:
             changes = [n + (x != y) for n, x, y in zip(changes, before, decision.gammas, strict=True)]
         before = decision.gammas
@@ -237,13 +258,14 @@ def test_noise_within_the_hysteresis_does_not_flap(profile: LatencyProfile, alph
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 200)), min_size=2, max_size=40))
-def test_it_changes_at_most_once_in_a_dwell(series: list[tuple[float, int]]) -> None:
+def test_more_is_drafted_at_most_once_in_a_dwell(series: list[tuple[float, int]]) -> None:
     state, since, before = POLICY.start(), 0, None
     for alpha, steps in series:
         state, decision = POLICY.decide(state, seen(alpha, measured=ran(steps)))
         since += steps
         if before is not None and decision.gammas != before:
-            assert since >= POLICY.dwell_steps
+            raised = any(gamma > held for gamma, held in zip(decision.gammas, before, strict=True))
+            assert since >= POLICY.dwell_steps or not raised
             since = 0
         if before is None:
             since = 0
@@ -272,7 +294,7 @@ def test_the_order_of_evidence_within_an_observation_makes_no_difference(
 def test_it_flaps_no_more_than_the_dwell_lets_it_however_noisy(
     profile: LatencyProfile, alpha: float, noise: list[float]
 ) -> None:
-    """Acceptance jumps at random: the choice changes at most once in a dwell, and and probes draft on top of it."""
+    """Acceptance jumps at random: more is drafted at most once in a dwell, and probes draft on top of it."""
     state, changes, steps = POLICY.start(), 0, 0
     before: tuple[int, ...] | None = None
     for half, jump in enumerate(noise):
@@ -281,7 +303,7 @@ def test_it_flaps_no_more_than_the_dwell_lets_it_however_noisy(
             state, seen(moved, profile=profile, now_s=half / 2, measured=ran(10, moved, batch=2, gamma=2))
         )
         chosen = tuple(choice.gamma for choice in decision.choices)
-        if before is not None and chosen != before and "off until" not in decision.reason:
+        if before is not None and any(gamma > held for gamma, held in zip(chosen, before, strict=True)):
             changes += 1
         before, steps = chosen, steps + 10
     assert changes <= 1 + steps // POLICY.dwell_steps
@@ -298,6 +320,6 @@ def test_what_is_allowed_may_change_at_any_time(most: list[int], alpha: float) -
 
 
 def test_a_new_version_does_not_answer_for_what_the_old_one_lost() -> None:
-    stopped = next(state for state, _ in turned_against(POLICY, 300) if state.stopped)
-    _, decision = POLICY.decide(stopped, seen(0.7, now_s=300.0, version="v2", measured=()))
+    stopped = next(state for state, _ in turned_against(THRIFTY, 300) if state.stopped)
+    _, decision = THRIFTY.decide(stopped, seen(0.7, now_s=300.0, version="v2", measured=()))
     assert decision.choices[0].gamma > 0

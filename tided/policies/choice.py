@@ -24,7 +24,7 @@ class Held:
 @dataclass(frozen=True, slots=True)
 class Rule:
     """On above 1 + margin, off below 1 + margin - hysteresis, from one gamma to another only for a gain above the hysteresis, and at
-    most one change in `dwell_steps` engine steps."""
+    most one change in `dwell_steps` engine steps; but what is predicted to lose more than the hysteresis is given up at once."""
 
     margin: float
     hysteresis: float
@@ -52,9 +52,14 @@ class Rule:
         if stopped:
             choices = tuple(replace(choice, gamma=0) for choice in choices)
         elif since is not None and since < self.dwell_steps:
-            choices = tuple(replace(choice, gamma=gamma) for choice, gamma in zip(choices, held.gammas, strict=True))
+            choices = tuple(map(self._kept, choices, held.gammas))
         gammas = tuple(choice.gamma for choice in choices)
         return choices, Held(gammas, 0 if since is None or gammas != held.gammas else since)
+
+    def _kept(self, choice: BatchChoice, current: int) -> BatchChoice:
+        """The choice while it is too soon for another than `current`."""
+        loses = choice.speedups[current] < 1.0 - self.hysteresis
+        return choice if loses and choice.gamma < current else replace(choice, gamma=current)
 
 
 def predictions(seen: SpeculationObservation, acceptance: Acceptance) -> tuple[tuple[float, ...], ...]:

@@ -10,10 +10,14 @@ from tided.policies.speedup import Acceptance, steps_s
 
 RECENT_TRIALS = 40.0
 """Half-life of the short memory, in request-steps,"""
+RECENT_STEPS = 8.0
+"""if they are so many engine steps at least,"""
 RECENT_S = 10.0
 """and in time: what a probe found a while ago is not recent, though nothing was judged since."""
 ENOUGH_TRIALS = 10.0
 """Below this the short memory is chance."""
+RISE_STEPS = 6.0
+"""Engine steps that must say so before more is believed: requests that begin together are all at their easy first tokens."""
 SURE = 3.0
 """Standard errors by which short and long memory must differ before the short one is believed."""
 SPREAD = 2.0
@@ -32,17 +36,21 @@ _NOTHING = Acceptance()
 class Evidence:
     """A short memory of acceptance. A long one follows a jump of the traffic slowly; where the two surely differ, the short one holds.
 
-    Counts are summed before they are taken in, so their order within an observation makes no difference.
+    Counts are summed before they are taken in, so their order within an observation makes no difference. `steps`: engine steps that
+    drafted, fading as `recent` does.
     """
 
     recent: Acceptance = field(default_factory=Acceptance)
+    steps: float = 0.0
     at_s: float = 0.0
 
     def add(self, now_s: float, measured: Sequence[StepCounts], shadow: Acceptance = _NOTHING) -> "Evidence":
         """`shadow`: what was scored offline meanwhile, which says the same as steps that drafted."""
         new = Acceptance.of(measured).plus(shadow)
-        waned = self.recent.faded(max(now_s - self.at_s, 0.0), RECENT_S)
-        return Evidence(waned.faded(new.steps, RECENT_TRIALS).plus(new), now_s)
+        # A score is of many requests at all their positions: it counts as steps of one request each.
+        steps = sum(counts.steps for counts in measured if counts.gamma) + shadow.steps
+        keep = 0.5 ** (max(now_s - self.at_s, 0.0) / RECENT_S + min(new.steps / RECENT_TRIALS, steps / RECENT_STEPS))
+        return Evidence(self.recent.plus(Acceptance(), keep).plus(new), keep * self.steps + steps, now_s)
 
     def best(self, long: Acceptance) -> Acceptance:
         """`long`, or the short memory if they surely differ."""
@@ -53,6 +61,8 @@ class Evidence:
         # Of one mean: the long memory holds the short one's counts, too.
         mean = min(max(long.alpha, 0.02), 0.98)
         error = sqrt(SPREAD * mean * (1.0 - mean) * (1.0 / trials - 1.0 / many))
+        if short.alpha > long.alpha and self.steps < RISE_STEPS:
+            return long
         return short if abs(short.alpha - long.alpha) > SURE * error else long
 
 

@@ -1,12 +1,12 @@
 """The threshold policy: at each batch size the number of drafted tokens with the largest speedup that Eq. 5 predicts.
 
 It turns on above 1 + margin, off below 1 + margin - hysteresis, changes from one gamma to another only for a gain above the
-hysteresis, and at most once in `dwell_steps` engine steps. A new version is judged at once. Where the newest counts surely differ from
+hysteresis, and at most once in `dwell_steps` engine steps, unless it surely loses. A new version is judged at once. Where the newest counts surely differ from
 the longer memory, they are believed (`Evidence`). T(n) follows the steps that are served (`Calibration`).
 
 While nothing is drafted there is no acceptance signal, so now and then it drafts one token, until `probe_steps` of them were judged:
 gamma = 0 is never a trap. After each probe it waits for so long that probes cost no more than the share `probe_loss` of the time, and
-at least `probe_every_s`. Traffic that turns against every decision is met by the loss account: once drafting has cost `most_lost`
+at least `probe_every_s`; time in which the engine does nothing does not count. Traffic that turns against every decision is met by the loss account: once drafting has cost `most_lost`
 of the last minute beyond what it gained, probes aside, nothing is drafted until a quarter of that is forgotten.
 """
 
@@ -26,13 +26,15 @@ _EAGER_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class ThresholdState:
-    """`signal_s`: when a drafted token was judged last, or first looked for. `probe_due_s`: when the next probe may begin.
+    """`served_s`: for how long the engine has had requests, by `at_s`; the two that follow are on that clock.
 
-    `probe_lost_s`: seconds that the probe under way has cost. `stopped`: the loss account is overdrawn.
+    `signal_s`: when a drafted token was judged last, or first looked for. `probe_due_s`: when the next probe may begin. `probe_lost_s`: seconds that the probe under way has cost. `stopped`: the loss account is overdrawn.
     """
 
     version: str = ""
     held: Held = field(default_factory=Held)
+    at_s: float | None = None
+    served_s: float = 0.0
     signal_s: float = 0.0
     probe_due_s: float = 0.0
     probe_steps_left: int = 0
@@ -41,6 +43,11 @@ class ThresholdState:
     evidence: Evidence = field(default_factory=Evidence)
     account: LossAccount = field(default_factory=LossAccount)
     calibration: Calibration | None = None
+
+    def at(self, seen: SpeculationObservation) -> Self:
+        """The same by the time of `seen`."""
+        passed_s = 0.0 if self.at_s is None or not (seen.steps or seen.running) else max(seen.now_s - self.at_s, 0.0)
+        return replace(self, at_s=seen.now_s, served_s=self.served_s + passed_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +81,12 @@ class ThresholdPolicy:
         return ThresholdState()
 
     def decide(self, state: ThresholdState, seen: SpeculationObservation) -> tuple[ThresholdState, SpeculationDecision]:
+        state = state.at(seen)
         if state.version != seen.version or len(state.held.gammas) != seen.max_batch:
             # What is known of its acceptance needs no probe at once.
-            due_s = seen.now_s if seen.acceptance.alpha is None else seen.now_s + self.probe_every_s
-            held = Held((0,) * seen.max_batch)
-            state = ThresholdState(seen.version, held, seen.now_s, due_s, calibration=state.calibration)
+            due_s = state.served_s + (0.0 if seen.acceptance.alpha is None else self.probe_every_s)
+            held, now_s = Held((0,) * seen.max_batch), state.served_s
+            state = ThresholdState(seen.version, held, seen.now_s, now_s, now_s, due_s, calibration=state.calibration)
         calibration = state.calibration
         if calibration is None or calibration.profile != seen.profile:
             calibration = Calibration.of(seen.profile, seen.now_s)
@@ -107,23 +115,24 @@ class ThresholdPolicy:
         return replace(state, held=held, evidence=evidence, account=account, stopped=stopped), lost
 
     def _probe(self, state: ThresholdState, seen: SpeculationObservation, lost: float) -> ThresholdState:
+        now_s = state.served_s
         if not seen.version or seen.gamma_max == 0 or state.stopped:
             return replace(state, probe_steps_left=0)
         if state.probe_steps_left > 0:
             left = max(0, state.probe_steps_left - seen.trials)
             cost = state.probe_lost_s + lost
-            due_s = seen.now_s + max(self.probe_every_s, cost / self.probe_loss)
-            return replace(state, probe_steps_left=left, probe_lost_s=cost, probe_due_s=due_s, signal_s=seen.now_s)
+            due_s = now_s + max(self.probe_every_s, cost / self.probe_loss)
+            return replace(state, probe_steps_left=left, probe_lost_s=cost, probe_due_s=due_s, signal_s=now_s)
         if seen.trials:
             # Of a probe that is over steps may still come in, and cost.
-            due_s = max(seen.now_s + self.probe_every_s, state.probe_due_s)
+            due_s = max(now_s + self.probe_every_s, state.probe_due_s)
             if not any(state.held.gammas):
                 due_s += max(lost, 0.0) / self.probe_loss
-            return replace(state, probe_due_s=due_s, signal_s=seen.now_s)
+            return replace(state, probe_due_s=due_s, signal_s=now_s)
         soon_s = state.signal_s + _EAGER_SHARE * self.probe_every_s
         due_s = min(state.probe_due_s, soon_s) if seen.eager else state.probe_due_s
         batch = min(seen.running, seen.max_batch)
-        if batch and seen.now_s >= due_s and could_pay(seen.profile, batch, seen.gamma_max) is not None:
+        if batch and now_s >= due_s and could_pay(seen.profile, batch, seen.gamma_max) is not None:
             return replace(state, probe_steps_left=self.probe_steps, probe_lost_s=0.0)
         return state
 
