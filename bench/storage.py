@@ -1,10 +1,11 @@
 """What tided keeps while it trains again and again, against what was tapped.
 
-`python -m bench.storage [--cycles 66]` writes build/bench/storage.json; about 13 minutes on a free core. Kept are Redis' memory for our
-keys, and shards: the cycle in training, what comes in meanwhile, the replay reserve, held-out ones. tided, its Valkey, its collector,
-a worker and its trainer are real; the serving stack is `tided.client`, which sends rows of SmolLM2's shape. Their ids follow from nothing, so
-every training is judged worse, its samples are consumed, and the next one begins at once: no draft is deployed, and all cycles are
-alike. Rows come as fast as trainings take them, within `RATE`. Drafts are no samples, and are not counted: their bytes are told beside.
+`python -m bench.storage [--cycles 66]` writes build/bench/storage.json; about 13 minutes on a free core. Kept are Redis' memory for
+our keys, and shards: the cycle in training, what comes in meanwhile, the replay reserve, held-out ones. tided, its Valkey, its
+collector, a worker and its trainer are real; the serving stack is `tided.client`, which sends rows of SmolLM2's shape. Their ids
+follow from nothing, so every training is judged worse, its samples are consumed, and the next one begins at once: no draft is
+deployed, and all cycles are alike. Rows come as fast as trainings take them, within `RATE`. Drafts are no samples, and are not
+counted: their bytes are told beside.
 """
 
 import argparse

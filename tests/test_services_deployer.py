@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -18,9 +19,9 @@ from tided.draft import checkpoint
 from tided.engine.agent import EngineAgent
 from tided.engine.tap import Tap
 from tided.model.errors import Conflict, Refused
-from tided.model.records import Deployment, DeploymentState, Draft
+from tided.model.records import Deployment, DeploymentState, Draft, EngineInfo
 from tided.services.context import Context
-from tided.wire.control import Swap
+from tided.wire.control import Body, Swap
 
 pytest_plugins = ("tests.tiny_fixtures",)
 pytestmark = pytest.mark.real
@@ -232,14 +233,26 @@ async def test_another_target_or_vocabulary_is_refused(scene: Scene) -> None:
     assert [event.data["result"].split(":")[0] for event in refused] == ["Refused", "Refused"]
 
 
+class Remote(FakeEngine):
+    """An engine of another host: what it is told to load it says it has loaded."""
+
+    def __init__(self, described: EngineInfo) -> None:
+        super().__init__()
+        self._described, self.version = described, described.version
+
+    def info(self) -> EngineInfo:
+        return replace(self._described, engine="e1", incarnation="i-1", version=self.version)
+
+    def apply(self, body: Body) -> dict[str, Any]:
+        return super().apply(body) | {"seconds": 0.01}
+
+
 async def test_an_engine_that_shares_no_filesystem_is_sent_the_draft_itself(
     valkey: Valkey, tmp_path: Path, target: Path, drafts: tuple[Path, Path, Path]
 ) -> None:
     """Over Redis, into its own cache, when there is a storage; the path otherwise."""
     config = settings(tmp_path, target, redis={"url": valkey.url}, storage={"url": f"file://{tmp_path}/storage"})
-    engine = FakeEngine()
-    double = describe_double(target, drafts[0])
-    engine.info = lambda: replace(double, engine="e1", incarnation="i-1", version=engine.version or double.version)
+    engine = Remote(describe_double(target, drafts[0]))
     agent = EngineAgent(
         valkey.url, "e1", "i-1", engine, Tap(tap_settings()), report_interval_s=0.05, drafts_dir=tmp_path / "host"
     )
