@@ -72,7 +72,7 @@ bench-policy: model ## policies over generated and recorded traffic in virtual t
 bench-hetero: model ## one core that trains for another against two that serve, and with a quarter of a core; two parts of 20 minutes
 	@$(PY) -m bench hetero
 
-bench-training: model ## the trainer against speculators, and against recomputing hidden states (half an hour on a free core, in parts)
+bench-training: model ## the trainer against speculators and recomputed states; what is kept while training goes on and on (an hour, in parts)
 	@$(PY) engines/build.py speculators
 	@$(PY) -m bench training
 

@@ -20,6 +20,7 @@ class Capability(StrEnum):
     SWAP = "swap"  # the draft's weights can be replaced while serving
     SWAP_VOCABULARY = "swap_vocabulary"  # and so can its vocabulary map
     PROFILE = "profile"  # measures T(n) and D(b)
+    FETCH = "fetch"  # drafts can be sent to it over Redis: it need not share a filesystem with tided
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,8 +248,20 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredObject:
+    """A shard, a draft or reference states that tided and workers hand over by the shared storage: under `key`, `bytes` of content whose
+    SHA-256 is `sha256`. `path`: its name in the job or the result that it belongs to."""
+
+    path: str
+    key: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class JobSpec:
-    """What a worker is asked to do: data only, never code. Paths are on the filesystem that hosts share.
+    """What a worker is asked to do: data only, never code. Paths are on the filesystem that hosts share; with a shared storage they are
+    names, and what they name is in `objects`.
 
     train: from `draft`, on `shards`, evaluate parent and child on `held_out`. score: evaluate `draft` on `held_out`, and for
     each temperature of `mix` (temperature, share of the requests) where its samples have the last hidden state; with `groups` only on
@@ -276,6 +289,7 @@ class JobSpec:
     previous_dir: str = ""
     candidates: tuple[Candidate, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)  # trainer options, checked by tided.training
+    objects: tuple[StoredObject, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +334,8 @@ class Chain:
 @dataclass(frozen=True, slots=True)
 class JobResult:
     """What an attempt gave. train: `staged` is the directory of the new checkpoint, evaluations are old and new. score: `candidate` is
-    the evaluation of the job's draft, `scores` those of its candidates, in their order."""
+    the evaluation of the job's draft, `scores` those of its candidates, in their order. `objects`: what `staged` names, where it was put
+    into the shared storage."""
 
     staged: str = ""
     version: str = ""
@@ -331,6 +346,7 @@ class JobResult:
     metrics: dict[str, float] = field(default_factory=dict)
     chains: tuple[Chain, ...] = ()
     scores: tuple[Evaluation, ...] = ()
+    objects: tuple[StoredObject, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

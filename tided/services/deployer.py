@@ -13,6 +13,7 @@ import anyio.to_thread
 import structlog
 
 from tided.backends.base import require
+from tided.draft import bundle
 from tided.machine import deployment as machine
 from tided.machine.deployment import (
     Announce,
@@ -181,6 +182,8 @@ class Deployer:
 
     async def _in_flight(self, view: EngineView, deployment: Deployment, now_ms: int, rules: WatchRules) -> Deployment:
         wanted = deployment.version if deployment.state is DeploymentState.SWAPPING else deployment.previous
+        if self._sends_bytes(view):
+            self._context.courier.attend(view.engine)
         if not deployment.command and view.info.version != wanted and now_ms < deployment.deadline_ms:
             return await self._send(view, deployment, wanted, now_ms, rules)
         pause_s = 0.0
@@ -203,11 +206,19 @@ class Deployer:
         try:
             path = await anyio.to_thread.run_sync(context.drafts.path, version)
             ttl_s = (deployment.deadline_ms - now_ms) / 1000
-            command = await view.backend.send_swap(version, path, epoch, ttl_s)
+            if self._sends_bytes(view):
+                size = await anyio.to_thread.run_sync(bundle.size_of, path)
+                command = await view.backend.send_draft(version, size, epoch, ttl_s)
+            else:
+                command = await view.backend.send_swap(version, path, epoch, ttl_s)
         except NotFound as exc:
             return await self._apply(deployment, RollbackRequested(now_ms, str(exc)), rules)
         failpoints.hit("deployer.sent")
         return await self._apply(deployment, SwapSent(now_ms, command), rules)
+
+    def _sends_bytes(self, view: EngineView) -> bool:
+        """Whether the engine gets the draft itself over Redis, not the path of one that it could read."""
+        return self._context.config.storage.is_shared and Capability.FETCH in view.info.capabilities
 
     async def _apply(self, deployment: Deployment, event: DeploymentEvent, rules: WatchRules) -> Deployment:
         """One step of the machine: its actions first (all are safe to repeat), then its state, fenced."""

@@ -9,6 +9,7 @@ function of the evaluations; what became of the version on its canary is stored 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import anyio.to_thread
 
@@ -194,7 +195,7 @@ class Dispatcher:
             options={"adapt_vocabulary": pool.can(Capability.SWAP_VOCABULARY)},
         )
         failpoints.hit("dispatcher.submitting")
-        job = await context.jobs.submit(spec, context.leadership.require(), settings.max_attempts, collection.job)
+        job = await context.submit(spec, settings.max_attempts, collection.job)
         failpoints.hit("dispatcher.submitted")
         return job
 
@@ -211,6 +212,8 @@ class Dispatcher:
             draft = await self._stored(pool, job, result, now_ms)
         except Refused as exc:
             return await self._ended(pool, collection, job, Outcome.FAILED, str(exc), now_ms)
+        if draft is None:
+            return collection  # it is on its way to this host
         failpoints.hit("dispatcher.stored")
         decision = gate.judge(result.incumbent, result.candidate, self._context.config.gate)
         if decision.verdict is gate.Verdict.PASS:
@@ -266,13 +269,13 @@ class Dispatcher:
         decision = gate.judge(result.incumbent, result.candidate, self._context.config.gate)
         return decision.gain / decision.incumbent if decision.incumbent > 0.0 else 1.0
 
-    async def _stored(self, pool: Pool, job: Job, result: JobResult, now_ms: int) -> Draft:
-        """The job's draft in the store; the same record when it is there already."""
+    async def _stored(self, pool: Pool, job: Job, result: JobResult, now_ms: int) -> Draft | None:
+        """The job's draft in the store; the same record when it is there already, None while it is on its way to this host."""
         context = self._context
 
-        def add() -> Draft:
+        def add(staged: Path) -> Draft:
             return context.drafts.add(
-                context.staged_dir(result.staged),
+                staged,
                 lineage=job.spec.lineage,
                 parent=job.spec.draft,
                 origin=DraftOrigin.TRAINED,
@@ -285,7 +288,10 @@ class Dispatcher:
         try:
             return await anyio.to_thread.run_sync(context.drafts.get, result.version)
         except Refused:
-            draft = await anyio.to_thread.run_sync(add)
+            staged = context.exchange.taken(result)
+            if staged is None:
+                return None
+            draft = await anyio.to_thread.run_sync(add, staged)
         if draft.version != result.version:
             raise Refused(f"job {job.id}: staged draft is {draft.version[:12]}, its result says {result.version[:12]}")
         await context.announce("draft-added", draft.version, f"{draft.lineage}@{draft.number} from job {job.id}")

@@ -269,6 +269,7 @@ class ControlPlane:
         for name in engines:
             await purge.mark(context.redis, name)
         gone = await anyio.to_thread.run_sync(context.samples.purge, engine)
+        context.exchange.look()
         with anyio.move_on_after(PURGE_WAIT_S):
             for name in engines:
                 await self._discarded(name)
