@@ -41,6 +41,7 @@ from tided.services.pools import Heads, Member, Pool
 from tided.services.scout import Scout
 from tided.services.selftest import SelfTest
 from tided.services.speculator import Speculator, in_force
+from tided.store.pressing import press
 
 REAP_EVERY_S = 2.0
 RETRY_MS = 60_000
@@ -61,8 +62,8 @@ class Controller:
         self.dispatcher = Dispatcher(context, self.heads, self.canaries)
         self.speculator = Speculator(context)
         self.selftest = SelfTest(context, self._draft_of)
-        self.faults = FaultWatch(context)
         self.scout = Scout(context, self.heads)
+        self.faults = FaultWatch(context, self.scout.rivals)
         self.problems: dict[str, str] = {}
         """By engine: why tided keeps its hands off, or what failed in its newest cycle."""
         self.warnings: dict[str, str] = {}
@@ -306,6 +307,9 @@ class Controller:
                 pool, sampling = await self.scout.reconcile(pool, collection, now_ms)
                 self.pools[pool.digest] = pool
                 training = self.training[pool.digest] = await self.dispatcher.reconcile(pool, now_ms)
+                waited_for = [info.engine for info in pool.infos] if sampling else pool.wary(now_ms)
+                for engine in waited_for:
+                    await press(self.context.redis, engine)
         except Superseded as exc:
             await self.context.leadership.step_down(exc)
             return

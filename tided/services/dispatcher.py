@@ -108,10 +108,13 @@ class Dispatcher:
         incumbent = await self._heads.incumbent(pool)
         collection, _ = await self._apply(pool, collection, DriftAnswered(now_ms, pool.answered))
         low = _low(pool, collection, incumbent)
+        drifts = collection.drifts
         collection, _ = await self._apply(pool, collection, TrendJudged(now_ms, low, _since_ms(pool, low)))
         stock = await self._stockroom.stock(target, collection.since_ms, pool.domain)
-        if self._context.training_for(target).enabled:
-            rows = self._ripe_rows(pool, stock)
+        if (
+            self._context.training_for(target).enabled and collection.drifts == drifts
+        ):  # the scout looks at a drift first
+            rows = self._ripe_rows(pool, stock, now_ms)
             collection, _ = await self._apply(pool, collection, RowsStored(now_ms, rows))
         if collection.phase is Phase.TRAINING:
             collection = await self._training(pool, collection, stock, now_ms)
@@ -324,11 +327,11 @@ class Dispatcher:
             plateau_gain=settings.plateau_gain,
         )
 
-    def _ripe_rows(self, pool: Pool, stock: Stock) -> int:
+    def _ripe_rows(self, pool: Pool, stock: Stock, now_ms: int) -> int:
         """Rows as the machine may count them: below its threshold until the gate could judge what comes out, and while something speaks
         against any training."""
         least = self._context.training_for(pool.digest).min_rows
-        ripe = stock.judgeable and not _hindrance(pool)
+        ripe = stock.judgeable and not _hindrance(pool, now_ms)
         return stock.fresh_rows if ripe else min(stock.fresh_rows, least - 1)
 
     def _shown(
@@ -336,7 +339,7 @@ class Dispatcher:
     ) -> TrainingView:
         settings = self._context.training_for(target)
         # Without samples nobody can say whether an engine is at fault, or no more.
-        asked = pool is not None and bool(pool.suspected or pool.questioned)
+        asked = pool is not None and bool(pool.suspected or pool.wary(now_ms))
         rules = self._rules(target)
         capture = settings.enabled and (asked or machine.capture_wanted(collection, rules))
         if not settings.enabled:
@@ -357,18 +360,20 @@ class Dispatcher:
                     reason += f", cooling down for {(collection.not_before_ms - now_ms) / 1000:.0f} s"
                 if over := machine.over_budget(collection, now_ms, rules):
                     reason += f", {over}"
-        hindrance = _hindrance(pool) if pool is not None else ""
+        hindrance = _hindrance(pool, now_ms) if pool is not None else ""
         if collection.phase is not Phase.TRAINING and hindrance:
             reason += f", not training {hindrance}"
         return TrainingView(collection, stock, capture, reason)
 
 
-def _hindrance(pool: Pool) -> str:
+def _hindrance(pool: Pool, now_ms: int) -> str:
     """Until or while what no training may begin, or "": what a suspected engine serves badly, no training mends."""
     if pool.suspected:
         return f"while a fault of {', '.join(pool.suspected)} is suspected"
     if pool.questioned:
         return f"until a score says why the acceptance of {', '.join(pool.questioned)} has fallen"
+    if wary := pool.wary(now_ms):
+        return f"until it is sure whether the acceptance of {', '.join(wary)} falls"
     return f"while {pool.hold}" if pool.hold else ""
 
 
