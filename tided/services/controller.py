@@ -31,6 +31,7 @@ from tided.model.records import (
     SpeculationMode,
 )
 from tided.policies.base import SpeculationDecision
+from tided.services.canaries import Canaries
 from tided.services.context import Context
 from tided.services.deployer import Deployer
 from tided.services.dispatcher import Dispatcher, TrainingView
@@ -55,9 +56,10 @@ class Controller:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.monitor = Monitor(context.engines, context.training_for)
-        self.deployer = Deployer(context)
+        self.deployer = Deployer(context, self.monitor)
         self.heads = Heads(context)
-        self.dispatcher = Dispatcher(context, self.deployer, self.heads)
+        self.canaries = Canaries(context, self.monitor, self.deployer, self.heads)
+        self.dispatcher = Dispatcher(context, self.heads, self.canaries)
         self.speculator = Speculator(context)
         self.selftest = SelfTest(context, self._draft_of)
         self.scout = Scout(context, self.heads)

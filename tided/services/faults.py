@@ -73,7 +73,7 @@ class FaultWatch:
             await context.state.put(STATE, view.engine, state, context.leadership.require())
             before = state
             failpoints.hit("faults.submitting")
-            await context.jobs.submit(spec, context.leadership.require(), MAX_ATTEMPTS, state.job)
+            await context.submit(spec, MAX_ATTEMPTS, state.job)
         for item in news:
             await self._announce(view, peers, state, item)
         if state != before:

@@ -125,8 +125,11 @@ class Heads:
         return await self._context.state.get(Head, STATE, target)
 
     async def incumbent(self, pool: Pool) -> str:
-        """The version that the pool's next draft is to be better than: the head where an engine serves it, else what most serve."""
-        served = Counter(member.view.info.version for member in pool.members)
+        """The version that the pool's next draft is to be better than: the head where an engine serves it, else what most serve.
+
+        What an engine serves on trial is nobody's incumbent: there it is what would be restored.
+        """
+        served = Counter(_settled_version(member) for member in pool.members)
         head = await self.current(pool.digest)
         draft = await self._good(head.version) if head is not None else None
         if draft is not None and draft.version in served:
@@ -159,3 +162,11 @@ class Heads:
         while draft is not None and draft.quarantined:
             draft = await self._context.find_draft(draft.parent)
         return draft
+
+
+def _settled_version(member: Member) -> str:
+    """What an engine serves for good, as far as that is known."""
+    deployment, version = member.deployment, member.view.info.version
+    if deployment is None or deployment.state.final or deployment.version != version:
+        return version
+    return deployment.previous or version

@@ -265,7 +265,7 @@ class Scout:
             candidates=await self._fitting(others, pool.infos),
             options={"held_out_tokens": tokens},
         )
-        await context.jobs.submit(spec, context.leadership.require(), MAX_ATTEMPTS, scouting.job)
+        await context.submit(spec, MAX_ATTEMPTS, scouting.job)
 
     async def _scoring(self, pool: Pool, scouting: Scouting, now_ms: int) -> Scouting:
         job = await self._context.jobs.get(scouting.job)

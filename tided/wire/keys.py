@@ -97,6 +97,16 @@ def observations(engine: str) -> str:
     return _engine(engine, "observations")
 
 
+def fetches(engine: str) -> str:
+    """List of an engine's requests for parts of a draft. Has a TTL."""
+    return _engine(engine, "fetches")
+
+
+def parts(engine: str, command: str) -> str:
+    """List of the parts of a draft on their way to the engine that a `deliver` command is about. Has a TTL."""
+    return _engine(engine, f"parts:{check_name(command, 'command')}")
+
+
 ENGINE_INFO_PATTERN = f"{PREFIX}{{*}}:info"
 SAMPLES_PATTERN = f"{PREFIX}{{*}}:samples"
 SAMPLES_GROUP = "collector"
