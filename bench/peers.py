@@ -210,7 +210,7 @@ class Done:
     def read(self, arm: str, seed: int) -> list[dict[str, Any]] | None:
         """What `Bench.training` gave; None when it has not run."""
         part = self._parts[arm].read(f"{arm}-{seed}")
-        return part and part["epochs"]
+        return None if part is None else part["epochs"]
 
     def write(self, arm: str, seed: int, epochs: list[dict[str, Any]]) -> None:
         """Keep it."""
