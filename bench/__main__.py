@@ -1,4 +1,6 @@
-"""`python -m bench NAME...`: runs benches one after another, each in a process of its own; `all`, `loop`, `engines`, `training` are groups.
+"""`python -m bench NAME...`: runs benches one after another, each in a process of its own.
+
+`all`, `loop`, `engines` and `training` are groups.
 
 Those of group `engines` need the environments of `make engines`, `peers` that of `engines/build.py speculators`.
 """
@@ -20,8 +22,8 @@ ENGINES = (
     "engines.shift sglang",
     "engines.recurring",
 )
-TRAINING = ("recompute", "peers")
-ALL = (*LOOP, "dataplane", "policy", "forgetting", "shift")
+TRAINING = ("recompute", "storage", "peers")
+ALL = (*LOOP, "dataplane", "storage", "policy", "forgetting", "hetero", "shift")
 GROUPS = {"all": ALL, "loop": LOOP, "engines": ENGINES, "training": TRAINING}
 
 
