@@ -1,4 +1,4 @@
-"""`python -m bench NAME...`: runs benches one after another, each in a process of its own; `all`, `loop` and `engines` are groups.
+"""`python -m bench NAME...`: runs benches one after another, each in a process of its own; `all`, `loop`, `engines` and `scale-all` are groups.
 
 Those of group `engines` need the environments of `make engines`.
 """
@@ -20,8 +20,9 @@ ENGINES = (
     "engines.shift sglang",
     "engines.recurring",
 )
-ALL = (*LOOP, "dataplane", "policy", "forgetting", "shift")
-GROUPS = {"all": ALL, "loop": LOOP, "engines": ENGINES}
+SCALE = ("scale", "dataplane")
+ALL = (*LOOP, *SCALE, "policy", "forgetting", "shift")
+GROUPS = {"all": ALL, "loop": LOOP, "engines": ENGINES, "scale-all": SCALE}
 
 
 def main() -> None:

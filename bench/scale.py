@@ -67,8 +67,8 @@ SIZES = {
     "full": Size(200, 100, 10_000, 100, 240.0, 60.0),
 }
 SMOKE = {
-    "small": Size(4, 2, 20, 4, 4.0, 1.0),
-    "full": Size(20, 10, 100, 10, 6.0, 1.0),
+    "small": Size(4, 2, 10, 4, 8.0, 1.0),
+    "full": Size(20, 10, 60, 10, 8.0, 1.0),
 }
 
 
@@ -107,7 +107,7 @@ async def _measured(size: Size, config: Config, crowd: Crowd, pids: tuple[int, i
             180,
         )
         converged_s = time.monotonic() - began_s
-        told, cpu, started_s = log.stat().st_size, [cpu_s(pid) for pid in pids], time.monotonic()
+        told, cpu, started_s = _lines(log), [cpu_s(pid) for pid in pids], time.monotonic()
         async with running(_sampling(pids[0], rss)):
             first = len(crowd.claims_s)
             for at_s, spec in arrivals(size, random.Random(crowd.seed)):
@@ -127,9 +127,8 @@ async def _measured(size: Size, config: Config, crowd: Crowd, pids: tuple[int, i
         took_s = time.monotonic() - started_s
         used = [after - was for after, was in zip((cpu_s(pid) for pid in pids), cpu, strict=True)]
         status_ms = [await _status_ms(control) for _ in range(5)]
-    with log.open("rb") as opened:
-        opened.seek(told)
-        cycles = [line["seconds"] for line in map(json.loads, opened) if line.get("event") == "cycle"]
+    lines = [json.loads(line) for line in log.read_bytes().splitlines()[told:]]
+    cycles = [line["seconds"] for line in lines if line.get("event") == "cycle"]
     return {
         "converged_s": converged_s,
         "late_s": late_s,
@@ -145,6 +144,10 @@ async def _measured(size: Size, config: Config, crowd: Crowd, pids: tuple[int, i
         "valkey_cpu": used[1] / took_s,
         "status_ms": status_ms,
     }
+
+
+def _lines(log: Path) -> int:
+    return log.read_bytes().count(b"\n")
 
 
 def _engine(config: Config, number: int) -> EngineInfo:
@@ -232,11 +235,17 @@ def claims_of(name: str, size: Size, part: dict[str, Any]) -> list[Claim]:
     def goal(id: str, what: str, value: float, most: float, unit: str) -> Claim:
         return at_most(id, what, value, most, unit) if full else Claim(id, what, value, unit)
 
+    dispatch = goal(
+        f"{name}.dispatch_p99", f"{who}: from due to claimed, p99", float(np.quantile(waited, 0.99)), 100, "ms"
+    )
+    if idle <= 0 and dispatch.met:
+        dispatch = replace(dispatch, met=False)  # jobs waited for workers: it says nothing about dispatch
+
     def p99(values: Sequence[float]) -> float:
         return float(np.quantile(values, 0.99))
 
     return [
-        goal(f"{name}.dispatch_p99", f"{who}: from due to claimed, p99", p99(waited), 100, "ms"),
+        dispatch,
         Claim(f"{name}.dispatch_p50", f"{who}: from due to claimed, median", float(np.median(waited)), "ms"),
         Claim(f"{name}.dispatch_max", f"{who}: from due to claimed, longest", max(waited), "ms"),
         Claim(f"{name}.idle", f"{who}: idle workers of a kind of job at the busiest moment (0: the above is no dispatch)", idle),
@@ -296,7 +305,7 @@ def main() -> None:
     out = OUT / name
     if options.fresh:
         shutil.rmtree(out, ignore_errors=True)
-    plan = repr([replace(size) for size in sizes.values()])
+    plan = repr(sizes)
     run(study(options.parts, sizes, options.model, Parts(out, plan), name))
 
 
