@@ -1,4 +1,6 @@
-"""`python -m bench NAME...`: runs benches one after another, each in a process of its own; `all`, `loop`, `engines` and `scale-all` are groups.
+"""`python -m bench NAME...`: runs benches one after another, each in a process of its own.
+
+`all`, `loop`, `engines` and `scale-all` are groups.
 
 Those of group `engines` need the environments of `make engines`.
 """

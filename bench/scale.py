@@ -127,14 +127,12 @@ async def _measured(size: Size, config: Config, crowd: Crowd, pids: tuple[int, i
         took_s = time.monotonic() - started_s
         used = [after - was for after, was in zip((cpu_s(pid) for pid in pids), cpu, strict=True)]
         status_ms = [await _status_ms(control) for _ in range(5)]
-    lines = [json.loads(line) for line in log.read_bytes().splitlines()[told:]]
-    cycles = [line["seconds"] for line in lines if line.get("event") == "cycle"]
     return {
         "converged_s": converged_s,
         "late_s": late_s,
         "took_s": took_s,
         "rss": rss,
-        "cycles_s": cycles,
+        "cycles_s": _cycles_s(log, told),
         "dispatched": [asdict(item) for item in steady],
         "burst": [asdict(item) for item in crowd.dispatched[before:]],
         "claim_ms": [round(1000 * item, 3) for item in claims_s],
@@ -148,6 +146,11 @@ async def _measured(size: Size, config: Config, crowd: Crowd, pids: tuple[int, i
 
 def _lines(log: Path) -> int:
     return log.read_bytes().count(b"\n")
+
+
+def _cycles_s(log: Path, told: int) -> list[float]:
+    lines = map(json.loads, log.read_bytes().splitlines()[told:])
+    return [line["seconds"] for line in lines if line.get("event") == "cycle"]
 
 
 def _engine(config: Config, number: int) -> EngineInfo:
