@@ -1,8 +1,8 @@
 """`python -m bench NAME...`: runs benches one after another, each in a process of its own.
 
-`all`, `loop`, `engines` and `scale-all` are groups.
+`all`, `loop`, `engines`, `training` and `scale-all` are groups.
 
-Those of group `engines` need the environments of `make engines`.
+Those of group `engines` need the environments of `make engines`, `peers` that of `engines/build.py speculators`.
 """
 
 import argparse
@@ -22,16 +22,21 @@ ENGINES = (
     "engines.shift sglang",
     "engines.recurring",
 )
+TRAINING = ("recompute", "storage", "peers")
 SCALE = ("scale", "dataplane")
-ALL = (*LOOP, *SCALE, "policy", "forgetting", "shift")
-GROUPS = {"all": ALL, "loop": LOOP, "engines": ENGINES, "scale-all": SCALE}
+ALL = (*LOOP, *SCALE, "storage", "policy", "forgetting", "hetero", "shift")
+GROUPS = {"all": ALL, "loop": LOOP, "engines": ENGINES, "training": TRAINING, "scale-all": SCALE}
 
 
 def main() -> None:
     """Exit code 1 when a bench failed; the others run nevertheless."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "names", nargs="+", choices=(*GROUPS, *ALL, *ENGINES), metavar="NAME", help=", ".join((*GROUPS, *ALL))
+        "names",
+        nargs="+",
+        choices=(*GROUPS, *ALL, *ENGINES, *TRAINING),
+        metavar="NAME",
+        help=", ".join((*GROUPS, *ALL)),
     )
     wanted = [name for given in parser.parse_args().names for name in GROUPS.get(given, (given,))]
     failed: list[str] = []
