@@ -6,6 +6,7 @@
 
 import difflib
 import tomllib
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
@@ -86,7 +87,7 @@ class TargetConfig(_Section):
     name: Name | None = None
     training: dict[str, Any] = {}
 
-    @property
+    @cached_property
     def lineage(self) -> str:
         return self.name or name_from(self.path.resolve().name, "draft")
 
