@@ -2,12 +2,15 @@
 
 import argparse
 import asyncio
+import logging
 import secrets
 import signal
 import sys
 import time
 from pathlib import Path
 
+import structlog
+import transformers
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +30,8 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=DIRECTORY)
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else secrets.randbelow(1_000_000)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))  # what Valkey's keeper says
+    transformers.logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     console, started_s = Console(soft_wrap=True, highlight=False, markup=False), time.monotonic()
 

@@ -70,7 +70,7 @@ NETWORK = (Kind.DELAY, Kind.MUTE, Kind.SWALLOW, Kind.REFUSE)
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`kind` befalls `victim` at `at_s` of the run for `seconds`. `detail`: the failpoint, or the draft's number; `delay_s` of each message."""
+    """`kind` befalls `victim` at `at_s` of the run, for `seconds`. `detail`: a failpoint, or a draft's number; `delay_s`: of messages."""
 
     at_s: float
     kind: Kind

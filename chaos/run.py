@@ -16,7 +16,7 @@ from chaos.audit import Finding
 from chaos.faults import Injector
 from chaos.load import Load
 from chaos.plan import DAEMONS, ENGINES, Fault, plan
-from chaos.stack import CYCLE_S, LEASE_S, Stack, stack
+from chaos.stack import CYCLE_S, LEASE_S, Stack, stack, valkey_url
 from chaos.watch import Watch
 from tided.model.errors import TideError
 from tided.model.records import DeploymentState, JobState
@@ -77,32 +77,31 @@ class Chaos:
         with tempfile.TemporaryDirectory(prefix="tided-chaos-") as directory:
             sockets = Path(directory)
             self._say("starting Valkey, two tided, a collector, two workers and two engines")
-            async with stack(self._root, sockets) as running:
-                stops = await self._through(running)
+            watch = Watch(valkey_url(sockets), self._root / "shared" / "samples", self._root / "kept")
+            async with _beside(watch.run()), stack(self._root, sockets) as running:
+                stops = await self._through(running, watch)
             self.outcome.findings += audit.ended(running, stops, audit.leftover(self._root, sockets))
         return self.outcome
 
-    async def _through(self, running: Stack) -> dict[str, tuple[int | None, float]]:
+    async def _through(self, running: Stack, watch: Watch) -> dict[str, tuple[int | None, float]]:
         outcome, load = self.outcome, self._load
         await load.learn(f"http://127.0.0.1:{running.ports[ENGINES[0]]}", outcome.seed)
         self._say(f"{len(load.expected)} answers are known; {len(self._faults)} faults follow, seed {outcome.seed}")
-        watch = Watch(running.valkey_url, running.config.samples_dir, self._root / "kept")
         injector = Injector(running, self._say)
-        async with _beside(watch.run()):
-            async with self._clients(running):
-                await injector.run(self._faults)
-                outcome.faults = injector.done
-                self._say("quiet: every fault is undone")
-                await running.all_up()
-                started_s = time.monotonic()
-                if await self._until(lambda: self._converged(running), "converged"):
-                    outcome.converged_s = time.monotonic() - started_s
-                outcome.findings.append(converged_in_time(outcome.converged_s))
-                load.enough.set()
-            await self._until(lambda: self._drained(running), "drained")
-            records = await audit.read(running)
-            watch.link()
-            outcome.findings += await audit.audit(running, load, watch, records)
+        async with self._clients(running):
+            await injector.run(self._faults)
+            outcome.faults = injector.done
+            self._say("quiet: every fault is undone")
+            await running.all_up()
+            started_s = time.monotonic()
+            if await self._until(lambda: self._converged(running), "converged"):
+                outcome.converged_s = time.monotonic() - started_s
+            outcome.findings.append(converged_in_time(outcome.converged_s))
+            load.enough.set()
+        await self._until(lambda: self._drained(running), "drained")
+        records = await audit.read(running)
+        watch.link()
+        outcome.findings += await audit.audit(running, load, watch, records)
         outcome.answered = load.answered
         outcome.failures = [f"{failure.engine}: {failure.error}" for failure in load.failures]
         self._say("stopping all")

@@ -84,7 +84,7 @@ class Kept:
 class Stack:
     """All processes below `root`. Sockets are in `sockets`, whose path is short."""
 
-    def __init__(self, root: Path, sockets: Path, group: anyio.abc.TaskGroup) -> None:
+    def __init__(self, root: Path, sockets: Path, group: anyio.abc.TaskGroup, local: LocalStack) -> None:
         self.root, self.sockets = root, sockets
         self.target = make_cyclic_target(root / "tiny")
         self.ports = {name: free_port() for name in ENGINES}
@@ -92,14 +92,9 @@ class Stack:
         self.kept: dict[str, Kept] = {}
         self.configs: dict[str, Config] = {}
         self._group = group
-        self._local = LocalStack(root / "logs")
+        self._local = local
         self._quiet = False
-        self._valkey = write_config(sockets / "valkey.toml", {"daemon": {"state_dir": str(sockets)}}, None)
-
-    @property
-    def valkey_url(self) -> str:
-        """Valkey itself, past all proxies."""
-        return self._valkey.redis_url
+        self.valkey_url = valkey_url(sockets)
 
     @property
     def config(self) -> Config:
@@ -120,7 +115,8 @@ class Stack:
 
     async def start(self) -> None:
         """Valkey, then everything else at once; returns when all are ready."""
-        await self._group.start(keep_valkey, self._valkey)
+        config = write_config(self.sockets / "valkey.toml", {"daemon": {"state_dir": str(self.sockets)}}, None)
+        await self._group.start(keep_valkey, config)
         for name in SERVICES:
             self.proxies[name] = Proxy(self.sockets / f"{name}.sock", self.valkey_url.removeprefix("unix://"))
         for name in DAEMONS:
@@ -177,7 +173,7 @@ class Stack:
         return name, (code, time.monotonic() - started_s)
 
     async def close(self) -> None:
-        """Whatever happened before: nothing is left."""
+        """Whatever happened before: nothing but Valkey is left."""
         self._quiet = True
         for kept in self.kept.values():
             with contextlib.suppress(ProcessLookupError):
@@ -188,7 +184,7 @@ class Stack:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
         with anyio.CancelScope(shield=True):
-            await self._local.__aexit__(None, None, None)
+            await self._local.stop_all()
         for proxy in self.proxies.values():
             proxy.close()
 
@@ -252,6 +248,11 @@ class Stack:
         return Service(name, "tided.services.collector", config, ready_s=READY_S)
 
 
+def valkey_url(sockets: Path) -> str:
+    """Valkey itself, past all proxies."""
+    return f"unix://{sockets}/valkey/valkey.sock"
+
+
 def _with(service: Service, environment: Mapping[str, str]) -> Service:
     return Service(
         service.name, service.module, service.arguments, service.cores, service.threads, service.ready_s, environment
@@ -261,8 +262,8 @@ def _with(service: Service, environment: Mapping[str, str]) -> Service:
 @asynccontextmanager
 async def stack(root: Path, sockets: Path) -> AsyncGenerator[Stack]:
     """A stack that has started, and of which nothing is left afterwards."""
-    async with anyio.create_task_group() as group:
-        running = Stack(root, sockets, group)
+    async with LocalStack(root / "logs") as local, anyio.create_task_group() as group:
+        running = Stack(root, sockets, group, local)
         try:
             await running.start()
             yield running
