@@ -49,7 +49,8 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """All that Redis and the disk hold after the last fault, when everything is drained and still runs."""
+    """All that Redis and the disk hold after the last fault, when everything is drained and still runs. `directories`: of jobs, with
+    workers; read before the jobs are, for new ones come all the time."""
 
     engines: tuple[EngineInfo, ...]
     events: tuple[Event, ...]
@@ -59,10 +60,12 @@ class Records:
     replies: Mapping[str, Mapping[str, Reply]]  # by engine and command
     led: Mapping[int, tuple[str, ...]]  # epoch -> the daemons whose logs say that they led under it
     now_ms: int
+    directories: tuple[Path, ...]
 
 
 async def read(stack: Stack) -> Records:
     """Everything, in one go."""
+    directories = tuple(path for path in stack.work.glob("*/job-*/attempt-*") if path.is_dir())
     redis = connect(stack.valkey_url)
     try:
         engines = EngineStore(redis)
@@ -82,6 +85,7 @@ async def read(stack: Stack) -> Records:
             replies,
             _led(stack.root / "logs"),
             seconds * 1000 + micros // 1000,
+            directories,
         )
     finally:
         await redis.aclose()
@@ -309,21 +313,19 @@ def bounded_keys(stack: Stack) -> Finding:
 
 def no_litter(stack: Stack, records: Records) -> Finding:
     """Attempts, commits and copies that were cut short have been removed, or are kept within their bound."""
-    wrong, known = list[str](), {job.id for job in records.jobs}
-    work = stack.root / "shared" / "work"
-    directories = [path for path in work.glob("*/*") if path.is_dir()]
-    wrong += [f"{path} is of no job" for path in directories if path.name not in known]
+    jobs = {job.id: job for job in records.jobs}
+    wrong = [f"{path} is of no job" for path in records.directories if path.parent.name not in jobs]
     for worker in WORKERS:
-        held = [path for path in directories if path.parent.name == worker]
+        held = {path.parent for path in records.directories if path.parents[1].name == worker}
         limit = STAGED_KEPT + 2  # and one in each slot
         wrong += _unless(
             len(held) <= limit, f"{worker} keeps {len(held)} directories of jobs, at most {limit} are meant"
         )
-    succeeded = {job.id for job in records.jobs if job.state is JobState.SUCCEEDED}
-    left = Counter(path.parent.name for path in work.glob("*/*/attempt-*"))
-    wrong += [
-        f"{n} attempts at the finished job {job} are left" for job, n in left.items() if job in succeeded and n > 1
-    ]
+    left = Counter(path.parent.name for path in records.directories)
+    for job_id, count in left.items():
+        job = jobs.get(job_id)
+        most = 1 if job is not None and job.state is JobState.SUCCEEDED else job.attempt if job is not None else 0
+        wrong += _unless(count <= most, f"{count} attempts at job {job_id} are left, at most {most} are meant")
     shared = stack.root / "shared"
     wrong += [f"{path} is left" for path in (*shared.glob("drafts/.staging-*"), *shared.glob("samples/staging/*"))]
     return Finding(

@@ -42,7 +42,7 @@ LONGEST_STOP_S = 60.0
 
 @dataclass
 class Life:
-    """One life of a process. `meant`: a fault has ended it, or was to."""
+    """One life of a process. `meant`: a fault has ended it, or was to; `ended_s`: from when on it may not have been there."""
 
     started_s: float
     ready_s: float | None = None
@@ -97,6 +97,11 @@ class Stack:
         self.valkey_url = valkey_url(sockets)
 
     @property
+    def work(self) -> Path:
+        """Where workers have their directories."""
+        return self.root / "shared" / "work"
+
+    @property
     def config(self) -> Config:
         return self.configs[DAEMONS[0]]
 
@@ -149,7 +154,8 @@ class Stack:
         if pid is None:
             return False
         if number is signal.SIGKILL and victim in self.kept:
-            self.kept[victim].lives[-1].meant = True
+            life = self.kept[victim].lives[-1]
+            life.meant, life.ended_s = True, time.monotonic()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
             return True
@@ -203,7 +209,7 @@ class Stack:
             else:
                 kept.pid, life.ready_s = running.pid, time.monotonic()
             life.code = await running.process.wait()
-            life.ended_s = time.monotonic()
+            life.ended_s = life.ended_s or time.monotonic()
             if not self._quiet:
                 await self._local.stop(name)  # its session: nothing of an earlier life may be there
                 await asyncio.sleep(RESTART_S)
@@ -242,8 +248,7 @@ class Stack:
             arguments = (*config, "--engine-id", name, "--port", str(self.ports[name]))
             return Service(name, "tided.engine.embedded.server", arguments, ready_s=READY_S)
         if name in WORKERS:
-            work = self.root / "shared" / "work" / name
-            arguments = (*config, "--name", name, "--work-dir", str(work))
+            arguments = (*config, "--name", name, "--work-dir", str(self.work / name))
             return Service(name, "tided.worker.agent", arguments, ready_s=READY_S)
         return Service(name, "tided.services.collector", config, ready_s=READY_S)
 
