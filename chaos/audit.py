@@ -329,7 +329,7 @@ def no_litter(stack: Stack, records: Records) -> Finding:
     shared = stack.root / "shared"
     wrong += [f"{path} is left" for path in (*shared.glob("drafts/.staging-*"), *shared.glob("samples/staging/*"))]
     return Finding(
-        "no attempt, commit or copy is left behind", "6, 7", f"{len(directories)} directories of jobs", wrong
+        "no attempt, commit or copy is left behind", "6, 7", f"{len(records.directories)} attempts are kept", wrong
     )
 
 
