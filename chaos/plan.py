@@ -28,6 +28,7 @@ FAILPOINTS = {
         "scout.moved",
         "selftest.reference",
         "selftest.probing",
+        "selftest.listening",
         "selftest.done",
         "deployer.sending",
         "deployer.sent",
@@ -36,6 +37,7 @@ FAILPOINTS = {
         "deployer.live",
         "deployer.restoring",
         "deployer.rolled_back",
+        "deployer.failed",
         "samples.discarding",
     ),
     "collector": (
