@@ -13,6 +13,7 @@ from tests.support import cut_at, eventually
 from tided.model.errors import Conflict, Refused
 from tided.model.records import Deployment, DeploymentState, Draft
 from tided.services.context import Context
+from tided.wire import keys
 
 pytest_plugins = ("tests.tiny_fixtures",)
 pytestmark = pytest.mark.real
@@ -131,6 +132,25 @@ async def test_a_version_that_serves_worse_is_rolled_back_and_never_again(scene:
     with pytest.raises(Refused, match="quarantine"):
         await scene.control.plane.deploy(scene.new.version, ENGINE, "uid:7")
     assert (await scene.control.plane.draft(scene.new.version)).quarantined
+
+
+async def test_a_superseded_leader_puts_nothing_into_quarantine(scene: Scene, valkey: Valkey) -> None:
+    """Its word would hold for ever: the disk knows no epochs."""
+    await scene.control.cycle()
+    await scene.serve(0.7)
+    await scene.deploy()
+    await scene.until(DeploymentState.WATCHING)
+    epoch = scene.control.context.leadership.require()
+    valkey.client.set(keys.epoch(), epoch + 5)
+    await scene.serve(0.1)
+
+    async def stepped_down() -> bool:
+        await scene.control.cycle()
+        return scene.control.context.leadership.epoch is None
+
+    await eventually(stepped_down)
+    assert not scene.control.context.drafts.get(scene.new.version).quarantined
+    assert await scene.control.events("draft-quarantined") == []
 
 
 @pytest.mark.parametrize("failpoint", ["deployer.restoring", "deployer.rolled_back"])
