@@ -8,7 +8,7 @@ import pytest
 
 from chaos.plan import FAILPOINTS
 from tided.machine.collection import Phase
-from tided.model.records import DeploymentState, VerificationPhase
+from tided.model.records import CanaryState, DeploymentState, VerificationPhase
 
 PAGE = Path("docs/promises.md").read_text(encoding="utf-8")
 PROMISES = {
@@ -18,6 +18,7 @@ PROMISES = {
 STATES: dict[str, type[StrEnum]] = {
     "after.phase in dispatcher.py": Phase,
     "after.phase in selftest.py": VerificationPhase,
+    "after.state in canaries.py": CanaryState,
     "after.state in deployer.py": DeploymentState,
 }
 NEVER = {"deployer.pending"}

@@ -113,7 +113,7 @@ async def _scored(
         previous_dir=str(context.drafts.path(previous)) if previous else "",
     )
     attempts = context.training_for(info.target.digest).max_attempts
-    job = await context.jobs.submit(spec, context.leadership.require(), attempts, new_id("job"))
+    job = await context.submit(spec, attempts, new_id("job"))
     try:
         with anyio.fail_after(timeout_s):
             while job is not None and not job.state.final:

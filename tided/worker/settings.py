@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tided.model.records import JobKind
 
@@ -31,7 +32,10 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """`cpus`: cores for the agent and its trainers (none: all). `nice`: of the trainers. `trainer`: the program, before the kind."""
+    """`cpus`: cores for the agent and its trainers (none: all). `nice`: of the trainers. `trainer`: the program, before the kind.
+
+    `storage_url` empty: this host sees tided's directories under the same path. Else `targets` are where the targets are on this host.
+    """
 
     redis_url: str
     name: str
@@ -47,6 +51,10 @@ class WorkerSettings:
     heartbeat_ttl_s: float = 10.0
     silence_s: float = 120.0  # a trainer that says nothing for so long hangs
     trainer: tuple[str, ...] = TRAINER
+    storage_url: str = ""
+    storage_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    cache_bytes: int = 8 << 30
+    targets: tuple[Path, ...] = ()
 
 
 def trainer_environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:
