@@ -2,7 +2,7 @@
 
 `all`, `loop`, `engines` and `training` are groups.
 
-Those of group `engines` need the environments of `make engines`.
+Those of group `engines` need the environments of `make engines`, `peers` that of `engines/build.py speculators`.
 """
 
 import argparse
@@ -22,8 +22,8 @@ ENGINES = (
     "engines.shift sglang",
     "engines.recurring",
 )
-TRAINING = ("storage",)
-ALL = (*LOOP, *TRAINING, "dataplane", "policy", "forgetting", "shift")
+TRAINING = ("recompute", "storage", "peers")
+ALL = (*LOOP, "dataplane", "storage", "policy", "forgetting", "hetero", "shift")
 GROUPS = {"all": ALL, "loop": LOOP, "engines": ENGINES, "training": TRAINING}
 
 
@@ -31,7 +31,11 @@ def main() -> None:
     """Exit code 1 when a bench failed; the others run nevertheless."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "names", nargs="+", choices=(*GROUPS, *ALL, *ENGINES), metavar="NAME", help=", ".join((*GROUPS, *ALL))
+        "names",
+        nargs="+",
+        choices=(*GROUPS, *ALL, *ENGINES, *TRAINING),
+        metavar="NAME",
+        help=", ".join((*GROUPS, *ALL)),
     )
     wanted = [name for given in parser.parse_args().names for name in GROUPS.get(given, (given,))]
     failed: list[str] = []

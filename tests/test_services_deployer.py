@@ -99,7 +99,7 @@ async def test_a_good_swap_goes_live_and_is_read_back(scene: Scene) -> None:
     await scene.serve(0.7)
     live = await scene.ended()
     assert live.state is DeploymentState.LIVE
-    assert live.watched_requests == 6
+    assert live.watched.requests == 6
     assert scene.engine.kinds().count("Swap") == 1
     assert (await scene.control.plane.engines())[0].swaps == 1
     assert [e.kind for e in await scene.control.events("deployment-started", "draft-swapped", "draft-live")] == [

@@ -251,9 +251,14 @@ class GateConfig(_Section):
 
 
 class DeploymentConfig(_Section):
+    """How a new version is watched: for `watch_requests`, or `watch_s` at most. On the one engine that gets it before the others do, for
+    `canary_requests` and `canary_s` if these are more."""
+
     swap_deadline_s: Seconds = 30.0
     watch_requests: Count = 20
     watch_s: Seconds = 120.0
+    canary_requests: Count = 60
+    canary_s: Seconds = 300.0
     rollback_margin: Annotated[float, Field(gt=0, lt=1)] = 0.10
 
 

@@ -1,18 +1,17 @@
 """Training from samples to a judged draft, for all engines of a target: `tided.machine.collection` with its IO.
 
 One decision and one job at a time for a target, from what all its engines stored. A draft that passes the gate goes onto one engine
-first, its canary; when it is live there it becomes the target's head, which the others follow (`tided.services.pools`).
+first, its canary (`tided.services.canaries`); from there the others follow (`tided.services.pools`), or none does.
 
 Level-triggered and safe to repeat at every point. A job's id is stored before the job is submitted, so that a leader which died in
 between submits the same job and not a second one; a finished job's draft has one version whoever adds it; the gate is a pure
-function of the evaluations; whether the version was deployed is read from the newest deployment.
+function of the evaluations; what became of the version on its canary is stored before the cycle ends.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import anyio.to_thread
-import structlog
 
 from tided.machine import collection as machine
 from tided.machine.collection import (
@@ -35,9 +34,9 @@ from tided.model import failpoints
 from tided.model.errors import Conflict, Refused
 from tided.model.ids import new_id
 from tided.model.records import (
+    Canary,
+    CanaryState,
     Capability,
-    Deployment,
-    DeploymentState,
     Draft,
     DraftOrigin,
     Job,
@@ -47,16 +46,20 @@ from tided.model.records import (
     JobState,
 )
 from tided.services import gate
+from tided.services.canaries import Canaries
 from tided.services.context import Context
-from tided.services.deployer import Deployer
-from tided.services.pools import Head, Heads, Member, Pool
+from tided.services.pools import Heads, Member, Pool
 from tided.services.stock import Stock, Stockroom
 
 STATE = "collection"
 AHEAD = 3
 """While a training is under way, up to so many times `min_rows` are captured ahead."""
 
-_log = structlog.get_logger()
+_OUTCOMES = {
+    CanaryState.PASSED: Outcome.DEPLOYED,
+    CanaryState.FAILED: Outcome.ROLLED_BACK,
+    CanaryState.WITHDRAWN: Outcome.FAILED,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +75,10 @@ class TrainingView:
 class Dispatcher:
     """Runs Algorithm 1 for each target and turns its jobs into drafts."""
 
-    def __init__(self, context: Context, deployer: Deployer, heads: Heads) -> None:
+    def __init__(self, context: Context, heads: Heads, canaries: Canaries) -> None:
         self._context = context
-        self._deployer = deployer
         self._heads = heads
+        self._canaries = canaries
         self._stockroom = Stockroom(context)
 
     async def reap(self) -> list[Job]:
@@ -100,14 +103,18 @@ class Dispatcher:
     async def reconcile(self, pool: Pool, now_ms: int) -> TrainingView:
         """Take the target's training cycle one step further. Raises `Unavailable`, `Superseded`."""
         target = pool.digest
+        await self._canaries.tidy(pool)
         collection = await self.current(target)
         incumbent = await self._heads.incumbent(pool)
         collection, _ = await self._apply(pool, collection, DriftAnswered(now_ms, pool.answered))
         low = _low(pool, collection, incumbent)
+        drifts = collection.drifts
         collection, _ = await self._apply(pool, collection, TrendJudged(now_ms, low, _since_ms(pool, low)))
         stock = await self._stockroom.stock(target, collection.since_ms, pool.domain)
-        if self._context.training_for(target).enabled:
-            rows = self._ripe_rows(pool, stock)
+        if (
+            self._context.training_for(target).enabled and collection.drifts == drifts
+        ):  # the scout looks at a drift first
+            rows = self._ripe_rows(pool, stock, now_ms)
             collection, _ = await self._apply(pool, collection, RowsStored(now_ms, rows))
         if collection.phase is Phase.TRAINING:
             collection = await self._training(pool, collection, stock, now_ms)
@@ -196,14 +203,14 @@ class Dispatcher:
         return job
 
     async def _succeeded(self, pool: Pool, collection: Collection, job: Job, now_ms: int) -> Collection:
-        """The job gave a draft: store it, judge it, and follow its canary's deployment to the end."""
+        """The job gave a draft: store it, judge it, and follow its canary to the end."""
         result = job.result
         if result is None or result.incumbent is None or result.candidate is None:
             why = f"job {job.id}: its result has no staged draft with two evaluations"
             return await self._ended(pool, collection, job, Outcome.FAILED, why, now_ms)
-        canary = _canary(pool, job, result)
+        canary = await self._canaries.of(pool, job)
         if canary is not None:
-            return await self._deployed(pool, collection, job, canary, now_ms)
+            return await self._proving(pool, collection, job, canary, now_ms)
         try:
             draft = await self._stored(pool, job, result, now_ms)
         except Refused as exc:
@@ -213,49 +220,37 @@ class Dispatcher:
         failpoints.hit("dispatcher.stored")
         decision = gate.judge(result.incumbent, result.candidate, self._context.config.gate)
         if decision.verdict is gate.Verdict.PASS:
-            return await self._deploying(pool, collection, job, draft, decision, now_ms)
+            return await self._passed(pool, collection, job, draft, decision, now_ms)
         await self._announce_gate(pool, draft, decision)
         outcome = Outcome.WORSE if decision.verdict is gate.Verdict.FAIL else Outcome.UNDECIDED
         return await self._ended(pool, collection, job, outcome, decision.reason, now_ms)
 
-    async def _deploying(
+    async def _passed(
         self, pool: Pool, collection: Collection, job: Job, draft: Draft, decision: gate.GateDecision, now_ms: int
     ) -> Collection:
-        """Onto the busiest engine that serves what the gate compared with: there the watch says most, and soonest."""
         if pool.hold:
             return collection  # which draft shall serve is just being found out
-        fit = [member for member in pool.members if member.view.info.version == job.spec.draft]
-        if not fit:
+        if all(member.view.info.version != job.spec.draft for member in pool.members):
             serves = pool.members[0].view.info.version[:12] or "no draft"
             why = f"{serves} is served now, the gate compared with {job.spec.draft[:12]}"
             return await self._ended(pool, collection, job, Outcome.UNDECIDED, why, now_ms)
-        now_s = self._context.clock()
-        waiting, refused = False, ""
-        for member in sorted(fit, key=lambda member: -(member.view.tokens_per_s(now_s) or 0.0)):
-            try:
-                async with self._deployer.lock(member.view.engine):
-                    await self._deployer.begin(member.view, draft, "gate")
-            except Conflict:
-                waiting = True  # an operator's deployment is under way: it ends in a cycle to come
-            except Refused as exc:
-                refused = str(exc)
-            else:
-                await self._announce_gate(pool, draft, decision)
-                return collection
-        return collection if waiting else await self._ended(pool, collection, job, Outcome.FAILED, refused, now_ms)
+        await self._announce_gate(pool, draft, decision)
+        canary = await self._canaries.begin(pool, job, draft, now_ms)
+        return await self._proving(pool, collection, job, canary, now_ms)
 
-    async def _deployed(
-        self, pool: Pool, collection: Collection, job: Job, deployment: Deployment, now_ms: int
-    ) -> Collection:
-        if not deployment.state.final:
+    async def _proving(self, pool: Pool, collection: Collection, job: Job, canary: Canary, now_ms: int) -> Collection:
+        canary = await self._canaries.reconcile(pool, canary, now_ms)
+        outcome = _OUTCOMES.get(canary.state)
+        if outcome is None:
             return collection
-        if deployment.state is DeploymentState.LIVE:
-            await self._heads.move(pool.digest, Head(deployment.version, deployment.created_ms))
-            why = f"{deployment.version[:12]} is live on {deployment.engine}"
-            return await self._ended(pool, collection, job, Outcome.DEPLOYED, why, now_ms)
-        blamed = (await anyio.to_thread.run_sync(self._context.drafts.get, deployment.version)).quarantined
-        outcome = Outcome.ROLLED_BACK if blamed else Outcome.FAILED
-        return await self._ended(pool, collection, job, outcome, deployment.error, now_ms)
+        why = canary.reason
+        if outcome is Outcome.DEPLOYED:
+            why = (
+                f"{canary.version[:12]} is live on {canary.engine}"
+                if canary.engine
+                else f"{canary.version[:12]}: {why}"
+            )
+        return await self._ended(pool, collection, job, outcome, why, now_ms)
 
     async def _ended(
         self, pool: Pool, collection: Collection, job: Job | None, outcome: Outcome, why: str, now_ms: int
@@ -332,11 +327,11 @@ class Dispatcher:
             plateau_gain=settings.plateau_gain,
         )
 
-    def _ripe_rows(self, pool: Pool, stock: Stock) -> int:
+    def _ripe_rows(self, pool: Pool, stock: Stock, now_ms: int) -> int:
         """Rows as the machine may count them: below its threshold until the gate could judge what comes out, and while something speaks
         against any training."""
         least = self._context.training_for(pool.digest).min_rows
-        ripe = stock.judgeable and not _hindrance(pool)
+        ripe = stock.judgeable and not _hindrance(pool, now_ms)
         return stock.fresh_rows if ripe else min(stock.fresh_rows, least - 1)
 
     def _shown(
@@ -344,7 +339,7 @@ class Dispatcher:
     ) -> TrainingView:
         settings = self._context.training_for(target)
         # Without samples nobody can say whether an engine is at fault, or no more.
-        asked = pool is not None and bool(pool.suspected or pool.questioned)
+        asked = pool is not None and bool(pool.suspected or pool.wary(now_ms))
         rules = self._rules(target)
         capture = settings.enabled and (asked or machine.capture_wanted(collection, rules))
         if not settings.enabled:
@@ -365,18 +360,20 @@ class Dispatcher:
                     reason += f", cooling down for {(collection.not_before_ms - now_ms) / 1000:.0f} s"
                 if over := machine.over_budget(collection, now_ms, rules):
                     reason += f", {over}"
-        hindrance = _hindrance(pool) if pool is not None else ""
+        hindrance = _hindrance(pool, now_ms) if pool is not None else ""
         if collection.phase is not Phase.TRAINING and hindrance:
             reason += f", not training {hindrance}"
         return TrainingView(collection, stock, capture, reason)
 
 
-def _hindrance(pool: Pool) -> str:
+def _hindrance(pool: Pool, now_ms: int) -> str:
     """Until or while what no training may begin, or "": what a suspected engine serves badly, no training mends."""
     if pool.suspected:
         return f"while a fault of {', '.join(pool.suspected)} is suspected"
     if pool.questioned:
         return f"until a score says why the acceptance of {', '.join(pool.questioned)} has fallen"
+    if wary := pool.wary(now_ms):
+        return f"until it is sure whether the acceptance of {', '.join(wary)} falls"
     return f"while {pool.hold}" if pool.hold else ""
 
 
@@ -397,22 +394,6 @@ def _since_ms(pool: Pool, low: tuple[str, ...]) -> int:
     return min((m.suspicion.onset_ms for m in pool.members if m.view.engine in low and m.suspicion.onset_ms), default=0)
 
 
-def _canary(pool: Pool, job: Job, result: JobResult) -> Deployment | None:
-    """The deployment of the job's draft onto one engine; of several (a canary that died), the one that got furthest."""
-    found = [
-        member.deployment
-        for member in pool.members
-        if member.deployment is not None
-        and member.deployment.version == result.version
-        and member.deployment.created_ms >= job.finished_ms
-    ]
-    return min(found, key=_progress, default=None)
-
-
 def _worker_ms(job: Job | None) -> int:
     """What its newest attempt took."""
     return max(job.finished_ms - job.started_ms, 0) if job is not None and job.started_ms else 0
-
-
-def _progress(deployment: Deployment) -> tuple[bool, bool]:
-    return deployment.state is not DeploymentState.LIVE, deployment.state.final

@@ -72,6 +72,11 @@ def purge(engine: str) -> str:
     return _engine(engine, "purge")
 
 
+def pressing(engine: str) -> str:
+    """Present while a question waits for the engine's newest samples. Written by the leader; has a TTL."""
+    return _engine(engine, "pressing")
+
+
 def info(engine: str) -> str:
     """The engine's heartbeat record, under a TTL."""
     return _engine(engine, "info")
