@@ -353,7 +353,7 @@ async def test_an_engine_that_shares_no_filesystem_is_sent_the_draft_itself(
 
         await eventually(swapped)
         await anyio.to_thread.run_sync(agent.close)
+        (swap,) = [body for body in engine.applied if isinstance(body, Swap)]
+        assert swap.path == str(tmp_path / "host" / new.version)
+        assert checkpoint.verify(Path(swap.path)) == new.version
         group.cancel_scope.cancel()
-    (swap,) = [body for body in engine.applied if isinstance(body, Swap)]
-    assert swap.path == str(tmp_path / "host" / new.version)
-    assert checkpoint.verify(Path(swap.path)) == new.version
