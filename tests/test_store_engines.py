@@ -23,7 +23,7 @@ from tided.store.client import connect, redis_time_ms
 from tided.store.engines import EngineStore
 from tided.store.events import EventStore
 from tided.store.replies import entries
-from tided.store.workers import Beat, WorkerStore
+from tided.store.workers import Beat, Wish, WorkerStore
 from tided.wire import keys
 from tided.wire.control import Reply, SetSchedule, decode_command, encode
 
@@ -145,16 +145,23 @@ async def test_a_replaced_worker_hears_of_it(redis: Any) -> None:
     assert await store.list() == [worker("i2")]
 
 
-async def test_a_worker_is_told_to_drain_by_the_newest_leader_only(redis: Any, valkey: Valkey) -> None:
+async def test_a_worker_is_cordoned_by_the_newest_leader_only_and_until_it_is_uncordoned(
+    redis: Any, valkey: Valkey
+) -> None:
     store = WorkerStore(redis)
     valkey.client.set(keys.epoch(), 5)
     with pytest.raises(Superseded):
-        await store.set_draining("w1", True, epoch=4)
+        await store.cordon("w1", Wish.CORDON, epoch=4)
     assert await store.register(worker("i1")) is Beat.NOTED
-    await store.set_draining("w1", True, epoch=5)
+    await store.cordon("w1", Wish.CORDON, epoch=5)
+    assert await store.heartbeat(worker("i1")) is Beat.CORDONED
+    await store.cordon("w1", Wish.DRAIN, epoch=5)
     assert await store.heartbeat(worker("i1")) is Beat.DRAIN
-    await store.set_draining("w1", False, epoch=5)
-    assert await store.heartbeat(worker("i1")) is Beat.NOTED
+    assert await store.register(worker("i2")) is Beat.DRAIN, "a restart changes nothing"
+    assert valkey.client.pttl(keys.cordon("w1")) == -1
+    assert await store.uncordon("w1", epoch=5)
+    assert not await store.uncordon("w1", epoch=5)
+    assert await store.heartbeat(worker("i2")) is Beat.NOTED
 
 
 def event(number: int) -> Event:

@@ -247,8 +247,18 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Needs:
+    """What a worker must have to run a job. `device`: a kind as torch names it, "" for any; `memory_bytes`: of each device."""
+
+    device: str = ""
+    devices: int = 1
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class JobSpec:
-    """What a worker is asked to do: data only, never code. Paths are on the filesystem that hosts share.
+    """What a worker is asked to do: data only, never code. Paths are on the filesystem that hosts share. `priority`: of its target,
+    0 to 9, higher is more urgent.
 
     train: from `draft`, on `shards`, evaluate parent and child on `held_out`. score: evaluate `draft` on `held_out`, and for
     each temperature of `mix` (temperature, share of the requests) where its samples have the last hidden state; with `groups` only on
@@ -276,6 +286,8 @@ class JobSpec:
     previous_dir: str = ""
     candidates: tuple[Candidate, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)  # trainer options, checked by tided.training
+    priority: int = 0
+    needs: Needs = Needs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +369,9 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """A worker's heartbeat, written by the worker under a TTL."""
+    """A worker's heartbeat, written by the worker under a TTL. `memory_bytes`: of each device, 0 if not known; `rate`: tokens/s of its
+    newest training, 0 before the first; `cordoned`: the operator wants it to claim nothing; `draining`: what it runs
+    ends or is given back."""
 
     worker: str
     incarnation: str
@@ -368,6 +382,10 @@ class WorkerInfo:
     job: str = ""
     draining: bool = False
     pid: int = 0
+    devices: int = 1
+    memory_bytes: int = 0
+    rate: float = 0.0
+    cordoned: bool = False
 
 
 # --- the self-test ---------------------------------------------------------------------------------------------------

@@ -67,8 +67,8 @@ local owner = redis.call('HGET', KEYS[1], 'incarnation')
 if owner and owner ~= ARGV[1] and ARGV[4] ~= '1' then return 0 end
 redis.call('HSET', KEYS[1], 'incarnation', ARGV[1], 'info', ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
-if redis.call('EXISTS', KEYS[2]) == 1 then return 2 end
-return 1
+local wish = redis.call('GET', KEYS[2])
+return wish == 'drain' and 3 or wish and 2 or 1
 """
 
 _REMOVE_WORKER = """
@@ -123,15 +123,15 @@ async def put(redis: Redis, key: str, value: bytes, epoch: int, ttl_ms: int = 0)
     await run(redis, _PUT, [keys.epoch(), key], [epoch, value, ttl_ms])
 
 
-async def delete(redis: Redis, key: str, epoch: int) -> None:
-    """The leader deletes a value. Raises `Superseded`."""
-    await run(redis, _DELETE, [keys.epoch(), key], [epoch])
+async def delete(redis: Redis, key: str, epoch: int) -> bool:
+    """The leader deletes a value; whether there was one. Raises `Superseded`."""
+    return bool(await run(redis, _DELETE, [keys.epoch(), key], [epoch]))
 
 
 async def heartbeat(redis: Redis, worker: str, incarnation: str, info: bytes, ttl_ms: int, *, take: bool) -> int:
-    """A worker's heartbeat. 0: another incarnation has the name; 1: noted; 2: noted, and it should drain. `take` replaces another."""
+    """A worker's heartbeat. 0: another incarnation has the name; 1: noted; 2: noted, it is cordoned; 3: and drains. `take` replaces another."""
     args: list[str | int | bytes] = [incarnation, info, ttl_ms, int(take)]
-    return int(await run(redis, _HEARTBEAT, [keys.worker(worker), keys.drain(worker)], args))
+    return int(await run(redis, _HEARTBEAT, [keys.worker(worker), keys.cordon(worker)], args))
 
 
 async def remove_worker(redis: Redis, worker: str, incarnation: str) -> None:

@@ -1,6 +1,10 @@
-"""Workers as Redis knows them: a heartbeat under a TTL, and the operator's wish that one drains."""
+"""Workers as Redis knows them: a heartbeat under a TTL, and the operator's wish that one is left alone.
 
-from enum import IntEnum
+A *cordoned* worker is given no job (the claim script looks), until it is uncordoned: a restart changes nothing. One that *drains* is cordoned
+too, and what it runs may go on for its `drain_s`, and is then given back.
+"""
+
+from enum import IntEnum, StrEnum
 
 import structlog
 from redis.asyncio import Redis
@@ -13,8 +17,6 @@ from tided.store.replies import raw
 from tided.wire import keys
 from tided.wire.control import decode, encode
 
-DRAIN_MS = 86_400_000
-
 _log = structlog.get_logger()
 
 
@@ -23,7 +25,15 @@ class Beat(IntEnum):
 
     REPLACED = 0  # another process has registered under this name: stop
     NOTED = 1
-    DRAIN = 2  # noted; claim nothing more
+    CORDONED = 2  # noted; it will get no job
+    DRAIN = 3  # and what runs shall end, or be given back
+
+
+class Wish(StrEnum):
+    """What an operator may want of a worker."""
+
+    CORDON = "cordon"
+    DRAIN = "drain"
 
 
 class WorkerStore:
@@ -59,12 +69,13 @@ class WorkerStore:
                 _log.warning("worker-unreadable", key=name.decode(errors="replace"), why=str(exc))
         return sorted(found, key=lambda info: info.worker)
 
-    async def set_draining(self, worker: str, draining: bool, epoch: int) -> None:
-        """Ask a worker to claim nothing (for at most a day), or to claim again. Raises `Superseded` for an old epoch."""
-        if draining:
-            await scripts.put(self._redis, keys.drain(worker), b"1", epoch, DRAIN_MS)
-        else:
-            await scripts.delete(self._redis, keys.drain(worker), epoch)
+    async def cordon(self, worker: str, wish: Wish, epoch: int) -> None:
+        """Until `uncordon`. Raises `Superseded` for an old epoch."""
+        await scripts.put(self._redis, keys.cordon(worker), wish.value.encode(), epoch)
+
+    async def uncordon(self, worker: str, epoch: int) -> bool:
+        """Let it have jobs again; whether it was cordoned. Raises `Superseded` for an old epoch."""
+        return await scripts.delete(self._redis, keys.cordon(worker), epoch)
 
     async def _beat(self, info: WorkerInfo, *, take: bool) -> Beat:
         ttl_ms = round(self.ttl_s * 1000)
