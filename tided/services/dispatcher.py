@@ -44,6 +44,7 @@ from tided.model.records import (
     JobResult,
     JobSpec,
     JobState,
+    Needs,
 )
 from tided.services import gate
 from tided.services.context import Context
@@ -188,6 +189,8 @@ class Dispatcher:
             gamma=pool.drafted(context.config.speculation.gamma_max),
             budget_s=settings.budget_s,
             options={"adapt_vocabulary": pool.can(Capability.SWAP_VOCABULARY)},
+            priority=context.priority_of(pool.digest),
+            needs=Needs(settings.device, settings.devices, settings.memory_bytes),
         )
         failpoints.hit("dispatcher.submitting")
         job = await context.jobs.submit(spec, context.leadership.require(), settings.max_attempts, collection.job)

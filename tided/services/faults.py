@@ -112,6 +112,7 @@ class FaultWatch:
             gamma=view.info.gamma_max,
             mix=view.served.mix(),
             options={"held_out_tokens": wanted.tokens},
+            priority=self._context.priority_of(target.info.digest),
         )
 
     def _samples(self, target: str, engine: str, since_ms: int) -> list[Shard]:

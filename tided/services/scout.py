@@ -249,6 +249,7 @@ class Scout:
             gamma=pool.drafted(context.config.speculation.gamma_max),
             candidates=tuple(Candidate(version, str(context.drafts.path(version))) for version in candidates),
             options={"held_out_tokens": tokens},
+            priority=self._context.priority_of(target.info.digest),
         )
         await context.jobs.submit(spec, context.leadership.require(), MAX_ATTEMPTS, scouting.job)
 

@@ -228,6 +228,7 @@ class SelfTest:
                 target_dir=str(context.target_of(target).path.absolute()),
                 token_ids=flat,
                 options={"lengths": [len(ids) for ids in tokens]},
+                priority=context.priority_of(target.digest),
             )
             epoch = context.leadership.require()
             job = await context.jobs.submit(spec, epoch, context.training_for(target.digest).max_attempts, job_id)
