@@ -23,7 +23,7 @@ from tided.store.client import connect, redis_time_ms
 from tided.store.engines import EngineStore
 from tided.store.events import EventStore
 from tided.store.replies import entries
-from tided.store.workers import Beat, Wish, WorkerStore
+from tided.store.workers import Beat, WorkerStore
 from tided.wire import keys
 from tided.wire.control import Reply, SetSchedule, decode_command, encode
 
@@ -151,16 +151,17 @@ async def test_a_worker_is_cordoned_by_the_newest_leader_only_and_until_it_is_un
     store = WorkerStore(redis)
     valkey.client.set(keys.epoch(), 5)
     with pytest.raises(Superseded):
-        await store.cordon("w1", Wish.CORDON, epoch=4)
+        await store.mark("w1", WorkerMark.CORDON, epoch=4)
     assert await store.register(worker("i1")) is Beat.NOTED
-    await store.cordon("w1", Wish.CORDON, epoch=5)
+    await store.mark("w1", WorkerMark.CORDON, epoch=5)
     assert await store.heartbeat(worker("i1")) is Beat.CORDONED
-    await store.cordon("w1", Wish.DRAIN, epoch=5)
+    await store.mark("w1", WorkerMark.DRAIN, epoch=5)
     assert await store.heartbeat(worker("i1")) is Beat.DRAIN
     assert await store.register(worker("i2")) is Beat.DRAIN, "a restart changes nothing"
     assert valkey.client.pttl(keys.cordon("w1")) == -1
-    assert await store.uncordon("w1", epoch=5)
-    assert not await store.uncordon("w1", epoch=5)
+    assert await store.marked("w1") is WorkerMark.DRAIN
+    await store.mark("w1", WorkerMark.NONE, epoch=5)
+    assert await store.marked("w1") is WorkerMark.NONE
     assert await store.heartbeat(worker("i2")) is Beat.NOTED
 
 

@@ -15,11 +15,11 @@ import pytest
 from tests.conftest import Valkey
 from tests.support import eventually
 from tided.model.errors import Unavailable
-from tided.model.records import Job, JobKind, JobSpec, JobState
+from tided.model.records import Job, JobKind, JobSpec, JobState, WorkerMark
 from tided.store.client import connect
 from tided.store.jobs import JobStore
 from tided.store.valkey import find_binary
-from tided.store.workers import Wish, WorkerStore
+from tided.store.workers import WorkerStore
 from tided.wire import keys
 
 pytestmark = pytest.mark.real
@@ -337,21 +337,23 @@ async def test_sigterm_gives_back_what_does_not_finish_and_leaves_no_process(
     assert (back.state, back.max_attempts - back.attempt) == (JobState.QUEUED, 1)
 
 
-async def test_a_worker_registers_and_claims_nothing_while_it_is_cordoned(start: Start, jobs: JobStore, valkey: Valkey) -> None:
+async def test_a_worker_registers_and_claims_nothing_while_it_is_cordoned(
+    start: Start, jobs: JobStore, valkey: Valkey
+) -> None:
     async with connect(valkey.url) as client:
         workers = WorkerStore(client)
         start()
 
         [info] = await eventually(workers.list)
         assert (info.worker, info.kinds) == ("w1", tuple(JobKind))
-        await workers.cordon("w1", Wish.CORDON, epoch=1)
+        await workers.mark("w1", WorkerMark.CORDON, epoch=1)
 
         async def cordoned() -> bool:
             return [(info.cordoned, info.draining) for info in await workers.list()] == [(True, False)]
 
         await eventually(cordoned)
         job = await jobs.submit(job_of(), epoch=1)
-        await workers.uncordon("w1", epoch=1)
+        await workers.mark("w1", WorkerMark.NONE, epoch=1)
         await until(jobs, job.id, JobState.SUCCEEDED)
 
 
@@ -364,10 +366,10 @@ async def test_a_drained_worker_gives_back_what_does_not_end_in_time_and_works_a
         gate = tmp_path / "gate"
         job = await jobs.submit(job_of(act="wait", gate=str(gate)), epoch=1, max_attempts=1)
         pid = trainer_pid(tmp_path, await running(jobs, job.id))
-        await workers.cordon("w1", Wish.DRAIN, epoch=1)
+        await workers.mark("w1", WorkerMark.DRAIN, epoch=1)
         await until(jobs, job.id, JobState.QUEUED)
         assert not alive(pid)
-        await workers.uncordon("w1", epoch=1)
+        await workers.mark("w1", WorkerMark.NONE, epoch=1)
         gate.touch()
         assert (await until(jobs, job.id, JobState.SUCCEEDED)).attempt == 2
 

@@ -85,7 +85,9 @@ def is_left(job: Waiting, offer: Offer, idle: Iterable[Idle], now_ms: int) -> bo
     """Whether the worker leaves the job to a much faster one. One that does not know its rate leaves none."""
     if offer.has.rate <= 0.0 or now_ms >= job.due_ms + PATIENCE_MS:
         return False
-    faster = sorted((other for other in idle if other.offer.has.rate >= FASTER * offer.has.rate), key=lambda it: -it.offer.has.rate)
+    faster = sorted(
+        (other for other in idle if other.offer.has.rate >= FASTER * offer.has.rate), key=lambda it: -it.offer.has.rate
+    )
     return any(
         now_ms < other.asked_ms + IDLE_MS and fits(job.kind, job.needs, other.offer) for other in faster[:LOOKED_AT]
     )

@@ -388,6 +388,14 @@ class WorkerInfo:
     cordoned: bool = False
 
 
+class WorkerMark(StrEnum):
+    """What an operator wants of a worker, until the next time. Kept whether or not the worker is there."""
+
+    NONE = "none"
+    CORDON = "cordon"  # it gets no job
+    DRAIN = "drain"  # and what it runs ends, or is given back
+
+
 # --- the self-test ---------------------------------------------------------------------------------------------------
 
 

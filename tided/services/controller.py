@@ -33,13 +33,14 @@ from tided.model.records import (
 from tided.policies.base import SpeculationDecision
 from tided.services.context import Context
 from tided.services.deployer import Deployer
-from tided.services.dispatcher import Dispatcher, TrainingView
+from tided.services.dispatcher import Dispatcher
 from tided.services.faults import FaultWatch
 from tided.services.monitor import EngineView, Monitor
 from tided.services.pools import Heads, Member, Pool
 from tided.services.scout import Scout
 from tided.services.selftest import SelfTest
 from tided.services.speculator import Speculator, in_force
+from tided.services.training_view import TrainingView
 
 REAP_EVERY_S = 2.0
 RETRY_MS = 60_000

@@ -8,8 +8,6 @@ between submits the same job and not a second one; a finished job's draft has on
 function of the evaluations; whether the version was deployed is read from the newest deployment.
 """
 
-from dataclasses import dataclass
-
 import anyio.to_thread
 import structlog
 
@@ -18,7 +16,6 @@ from tided.machine.collection import (
     AnnounceDrift,
     Collection,
     CollectionEvent,
-    CollectionRules,
     DriftAnswered,
     JobSubmitted,
     Outcome,
@@ -51,22 +48,11 @@ from tided.services.context import Context
 from tided.services.deployer import Deployer
 from tided.services.pools import Head, Heads, Member, Pool
 from tided.services.stock import Stock, Stockroom
+from tided.services.training_view import TrainingView, ripe_rows, rules_of, view_of
 
 STATE = "collection"
-AHEAD = 3
-"""While a training is under way, up to so many times `min_rows` are captured ahead."""
 
 _log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingView:
-    """What the controller and the status read: the machine's state, and what is in stock for it."""
-
-    collection: Collection
-    stock: Stock
-    capture: bool
-    reason: str
 
 
 class Dispatcher:
@@ -95,7 +81,7 @@ class Dispatcher:
         """For the status, in standby too."""
         collection = await self.current(target)
         stock = await self._stockroom.stock(target, collection.since_ms)
-        return self._shown(target, collection, stock, await self._context.now_ms())
+        return view_of(collection, stock, self._context.training_for(target), await self._context.now_ms())
 
     async def reconcile(self, pool: Pool, now_ms: int) -> TrainingView:
         """Take the target's training cycle one step further. Raises `Unavailable`, `Superseded`."""
@@ -106,12 +92,13 @@ class Dispatcher:
         low = _low(pool, collection, incumbent)
         collection, _ = await self._apply(pool, collection, TrendJudged(now_ms, low, _since_ms(pool, low)))
         stock = await self._stockroom.stock(target, collection.since_ms, pool.domain)
-        if self._context.training_for(target).enabled:
-            rows = self._ripe_rows(pool, stock)
+        settings = self._context.training_for(target)
+        if settings.enabled:
+            rows = ripe_rows(stock, settings, pool)
             collection, _ = await self._apply(pool, collection, RowsStored(now_ms, rows))
         if collection.phase is Phase.TRAINING:
             collection = await self._training(pool, collection, stock, now_ms)
-        return self._shown(target, collection, stock, now_ms, pool)
+        return view_of(collection, stock, settings, now_ms, pool)
 
     async def request(self, pool: Pool, event: CollectionEvent) -> Job:
         """An operator asks for a training. Raises `Conflict` when one is under way, `Refused` when there is nothing to train on."""
@@ -126,7 +113,7 @@ class Dispatcher:
     async def _apply(self, pool: Pool, before: Collection, event: CollectionEvent) -> tuple[Collection, str]:
         """One step of the machine and its actions, stored. Gives the state and why the event was rejected, if it was."""
         context, name = self._context, pool.target.name
-        after, actions = machine.step(before, event, self._rules(pool.digest))
+        after, actions = machine.step(before, event, rules_of(context.training_for(pool.digest)))
         rejected = ""
         for action in actions:
             match action:
@@ -200,7 +187,8 @@ class Dispatcher:
     async def _succeeded(self, pool: Pool, collection: Collection, job: Job, now_ms: int) -> Collection:
         """The job gave a draft: store it, judge it, and follow its canary's deployment to the end."""
         result = job.result
-        if result is None or result.incumbent is None or result.candidate is None:
+        decision = self._judged(result)
+        if result is None or decision is None:
             why = f"job {job.id}: its result has no staged draft with two evaluations"
             return await self._ended(pool, collection, job, Outcome.FAILED, why, now_ms)
         canary = _canary(pool, job, result)
@@ -211,7 +199,6 @@ class Dispatcher:
         except Refused as exc:
             return await self._ended(pool, collection, job, Outcome.FAILED, str(exc), now_ms)
         failpoints.hit("dispatcher.stored")
-        decision = gate.judge(result.incumbent, result.candidate, self._context.config.gate)
         if decision.verdict is gate.Verdict.PASS:
             return await self._deploying(pool, collection, job, draft, decision, now_ms)
         await self._announce_gate(pool, draft, decision)
@@ -265,17 +252,16 @@ class Dispatcher:
             await self._stockroom.retire(pool.digest, job.spec.shards, pool.domain, pool.domains)
         failpoints.hit("dispatcher.retired")
         await self._context.announce("training-ended", pool.target.name, f"{outcome}: {why}", job=collection.job)
-        gain, worker_ms = self._gain(job), _worker_ms(job)
-        after, _ = await self._apply(pool, collection, TrainingEnded(now_ms, outcome, gain, worker_ms))
+        decision = self._judged(job.result if job is not None else None)
+        gain = decision.gain_share if decision is not None else 1.0
+        after, _ = await self._apply(pool, collection, TrainingEnded(now_ms, outcome, gain, _worker_ms(job)))
         return after
 
-    def _gain(self, job: Job | None) -> float:
-        """By which share the gate found the job's draft better; 1.0 where it found nothing."""
-        result = job.result if job is not None else None
+    def _judged(self, result: JobResult | None) -> gate.GateDecision | None:
+        """What the gate says, always the same of the same result; None of one that has nothing to compare."""
         if result is None or result.incumbent is None or result.candidate is None:
-            return 1.0
-        decision = gate.judge(result.incumbent, result.candidate, self._context.config.gate)
-        return decision.gain / decision.incumbent if decision.incumbent > 0.0 else 1.0
+            return None
+        return gate.judge(result.incumbent, result.candidate, self._context.config.gate)
 
     async def _stored(self, pool: Pool, job: Job, result: JobResult, now_ms: int) -> Draft:
         """The job's draft in the store; the same record when it is there already."""
@@ -316,65 +302,6 @@ class Dispatcher:
             requests=decision.requests,
             tokens=decision.tokens,
         )
-
-    def _rules(self, target: str) -> CollectionRules:
-        settings = self._context.training_for(target)
-        return CollectionRules(
-            min_rows=settings.min_rows,
-            max_rows=AHEAD * settings.min_rows,
-            cool_down_ms=round(settings.cool_down_s * 1000),
-            jobs_per_hour=settings.jobs_per_hour,
-            worker_ms_per_hour=round(settings.worker_s_per_hour * 1000),
-            job_ms=round(settings.budget_s * 1000),
-            plateau_gain=settings.plateau_gain,
-        )
-
-    def _ripe_rows(self, pool: Pool, stock: Stock) -> int:
-        """Rows as the machine may count them: below its threshold until the gate could judge what comes out, and while something speaks
-        against any training."""
-        least = self._context.training_for(pool.digest).min_rows
-        ripe = stock.judgeable and not _hindrance(pool)
-        return stock.fresh_rows if ripe else min(stock.fresh_rows, least - 1)
-
-    def _shown(
-        self, target: str, collection: Collection, stock: Stock, now_ms: int, pool: Pool | None = None
-    ) -> TrainingView:
-        settings = self._context.training_for(target)
-        # Without samples nobody can say whether an engine is at fault, or no more.
-        asked = pool is not None and bool(pool.suspected or pool.questioned)
-        rules = self._rules(target)
-        capture = settings.enabled and (asked or machine.capture_wanted(collection, rules))
-        if not settings.enabled:
-            return TrainingView(collection, stock, capture, "training is disabled in the configuration")
-        match collection.phase:
-            case Phase.TRAINING:
-                reason = f"job {collection.job}, or its draft's gate and deployment, is under way"
-            case Phase.STOPPED:
-                reason = "the last training gave nothing better: waiting for drift"
-                if machine.plateaued(collection, rules):
-                    gains = ", ".join(f"{gain:.1%}" for gain in collection.gains)
-                    reason = f"the last trainings gained next to nothing ({gains}): waiting for drift"
-            case Phase.COLLECTING:
-                reason = f"{stock.fresh_rows} of {settings.min_rows} rows"
-                if stock.fresh_rows >= settings.min_rows and not stock.judgeable:
-                    reason += ", waiting for more held-out requests"
-                elif stock.fresh_rows >= settings.min_rows and now_ms < collection.not_before_ms:
-                    reason += f", cooling down for {(collection.not_before_ms - now_ms) / 1000:.0f} s"
-                if over := machine.over_budget(collection, now_ms, rules):
-                    reason += f", {over}"
-        hindrance = _hindrance(pool) if pool is not None else ""
-        if collection.phase is not Phase.TRAINING and hindrance:
-            reason += f", not training {hindrance}"
-        return TrainingView(collection, stock, capture, reason)
-
-
-def _hindrance(pool: Pool) -> str:
-    """Until or while what no training may begin, or "": what a suspected engine serves badly, no training mends."""
-    if pool.suspected:
-        return f"while a fault of {', '.join(pool.suspected)} is suspected"
-    if pool.questioned:
-        return f"until a score says why the acceptance of {', '.join(pool.questioned)} has fallen"
-    return f"while {pool.hold}" if pool.hold else ""
 
 
 def _low(pool: Pool, collection: Collection, incumbent: str) -> tuple[str, ...]:

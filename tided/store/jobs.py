@@ -72,9 +72,7 @@ class JobStore:
         None if none is due, if the worker is cordoned, or while a much faster one may take it.
         """
         offer = Offer(tuple(kinds), has)
-        reply = await job_scripts.claim(
-            self._redis, self._keep_ms, self._lease_ms, check_name(worker, "worker"), offer
-        )
+        reply = await job_scripts.claim(self._redis, self._keep_ms, self._lease_ms, check_name(worker, "worker"), offer)
         if reply is None:
             return None
         job = _job(reply)

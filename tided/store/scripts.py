@@ -123,13 +123,13 @@ async def put(redis: Redis, key: str, value: bytes, epoch: int, ttl_ms: int = 0)
     await run(redis, _PUT, [keys.epoch(), key], [epoch, value, ttl_ms])
 
 
-async def delete(redis: Redis, key: str, epoch: int) -> bool:
-    """The leader deletes a value; whether there was one. Raises `Superseded`."""
-    return bool(await run(redis, _DELETE, [keys.epoch(), key], [epoch]))
+async def delete(redis: Redis, key: str, epoch: int) -> None:
+    """The leader deletes a value. Raises `Superseded`."""
+    await run(redis, _DELETE, [keys.epoch(), key], [epoch])
 
 
 async def heartbeat(redis: Redis, worker: str, incarnation: str, info: bytes, ttl_ms: int, *, take: bool) -> int:
-    """A worker's heartbeat. 0: another incarnation has the name; 1: noted; 2: noted, it is cordoned; 3: and drains. `take` replaces another."""
+    """A worker's heartbeat. 0: another incarnation has the name; 1: noted; 2: it is cordoned; 3: and drains. `take` replaces another."""
     args: list[str | int | bytes] = [incarnation, info, ttl_ms, int(take)]
     return int(await run(redis, _HEARTBEAT, [keys.worker(worker), keys.cordon(worker)], args))
 

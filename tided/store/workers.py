@@ -1,16 +1,16 @@
-"""Workers as Redis knows them: a heartbeat under a TTL, and the operator's wish that one is left alone.
+"""Workers as Redis knows them: a heartbeat under a TTL, and an operator's mark on it.
 
-A *cordoned* worker is given no job (the claim script looks), until it is uncordoned: a restart changes nothing. One that *drains* is cordoned
-too, and what it runs may go on for its `drain_s`, and is then given back.
+A *cordoned* worker is given no job (the claim script looks) until it is uncordoned: a restart changes nothing. One that *drains* is
+cordoned too, and what it runs may go on for its `drain_s`, and is then given back.
 """
 
-from enum import IntEnum, StrEnum
+from enum import IntEnum
 
 import structlog
 from redis.asyncio import Redis
 
 from tided.model.errors import Refused
-from tided.model.records import WorkerInfo
+from tided.model.records import WorkerInfo, WorkerMark
 from tided.store import scripts
 from tided.store.client import translated
 from tided.store.replies import raw
@@ -27,13 +27,6 @@ class Beat(IntEnum):
     NOTED = 1
     CORDONED = 2  # noted; it will get no job
     DRAIN = 3  # and what runs shall end, or be given back
-
-
-class Wish(StrEnum):
-    """What an operator may want of a worker."""
-
-    CORDON = "cordon"
-    DRAIN = "drain"
 
 
 class WorkerStore:
@@ -69,13 +62,18 @@ class WorkerStore:
                 _log.warning("worker-unreadable", key=name.decode(errors="replace"), why=str(exc))
         return sorted(found, key=lambda info: info.worker)
 
-    async def cordon(self, worker: str, wish: Wish, epoch: int) -> None:
-        """Until `uncordon`. Raises `Superseded` for an old epoch."""
-        await scripts.put(self._redis, keys.cordon(worker), wish.value.encode(), epoch)
+    async def mark(self, worker: str, mark: WorkerMark, epoch: int) -> None:
+        """Set or take back an operator's mark. Raises `Superseded` for an old epoch."""
+        if mark is WorkerMark.NONE:
+            await scripts.delete(self._redis, keys.cordon(worker), epoch)
+        else:
+            await scripts.put(self._redis, keys.cordon(worker), mark.value.encode(), epoch)
 
-    async def uncordon(self, worker: str, epoch: int) -> bool:
-        """Let it have jobs again; whether it was cordoned. Raises `Superseded` for an old epoch."""
-        return await scripts.delete(self._redis, keys.cordon(worker), epoch)
+    async def marked(self, worker: str) -> WorkerMark:
+        """Also of a worker that is not there."""
+        with translated():
+            stored = await self._redis.get(keys.cordon(worker))
+        return WorkerMark(stored.decode()) if stored else WorkerMark.NONE
 
     async def _beat(self, info: WorkerInfo, *, take: bool) -> Beat:
         ttl_ms = round(self.ttl_s * 1000)

@@ -1,6 +1,6 @@
 """tide-worker: the agent on a training host. It claims jobs and runs each attempt as a subprocess; it never imports torch.
 
-What it has (kind and number of devices, memory, how fast it trained last) goes with every claim and heartbeat: jobs are given to whom they fit.
+What it has (kind and number of devices, memory, how fast it trained last) goes with every claim and heartbeat: it is given what fits.
 One slot trains; another scores and makes references, so that a quick question never waits behind a training. Redis away: nothing is
 claimed, running attempts go on while their leases last. SIGTERM: claim nothing more, let attempts finish for `drain_s`, then give
 their jobs back; a second signal gives them back at once. An operator's drain is the same, but that the worker stays, for the day on which

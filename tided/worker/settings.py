@@ -57,7 +57,6 @@ class WorkerSettings:
     silence_s: float = 120.0  # a trainer that says nothing for so long hangs
     trainer: tuple[str, ...] = TRAINER
 
-
     def capacity(self, rate: float) -> Capacity:
         """What the worker has. `rate`: of its newest training, in tokens/s."""
         kind = self.device.partition(":")[0]
