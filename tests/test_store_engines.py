@@ -18,6 +18,7 @@ from tided.model.records import (
     TapTotals,
     TargetInfo,
     WorkerInfo,
+    WorkerMark,
 )
 from tided.store.client import connect, redis_time_ms
 from tided.store.engines import EngineStore

@@ -18,6 +18,8 @@ from tided.wire import keys
 from tided.wire.control import MAX_MESSAGE_BYTES, decode, encode
 
 MAX_ERROR_CHARS = 2_000
+PLAIN = Capacity()
+"""One processor host, of which nothing more is known."""
 WEEK_S = 7 * 86_400.0
 
 
@@ -66,7 +68,7 @@ class JobStore:
             found = fields(await self._redis.hgetall(keys.job(job_id)))
         return _from_fields(job_id, found) if found else None
 
-    async def claim(self, worker: str, kinds: Sequence[JobKind], has: Capacity = Capacity()) -> Claim | None:
+    async def claim(self, worker: str, kinds: Sequence[JobKind], has: Capacity = PLAIN) -> Claim | None:
         """Take the most urgent job of these kinds that a worker with this can run, for `lease_s`; see `tided.machine.placement`.
 
         None if none is due, if the worker is cordoned, or while a much faster one may take it.
