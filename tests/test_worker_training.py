@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ async def jobs(valkey: Valkey) -> AsyncIterator[JobStore]:
 
 
 @contextmanager
-def started(valkey: Valkey, work_dir: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+def started(valkey: Valkey, work_dir: Path, *more: str) -> Generator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "tided.worker.agent", "--redis", valkey.url, "--name", "w1"]
     process = subprocess.Popen([*command, "--work-dir", str(work_dir), "--drain-s", "0", *more], cwd=ROOT)
     try:

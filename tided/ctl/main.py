@@ -291,7 +291,7 @@ def jobs_list(
     """Jobs, newest first."""
     from tided.model.records import Job
 
-    render, answer = _get(context, "/v1/jobs", {"limit": limit} | ({"state": state} if state else {}))
+    render, answer = _get(context, "/v1/jobs", {"limit": limit, **({"state": state} if state else {})})
     render.plain(answer) if as_json else render.jobs(_records(Job, answer))
 
 

@@ -187,23 +187,23 @@ class Dispatcher:
     async def _succeeded(self, pool: Pool, collection: Collection, job: Job, now_ms: int) -> Collection:
         """The job gave a draft: store it, judge it, and follow its canary's deployment to the end."""
         result = job.result
-        decision = self._judged(result)
-        if result is None or decision is None:
+        if result is None or result.incumbent is None or result.candidate is None:
             why = f"job {job.id}: its result has no staged draft with two evaluations"
             return await self._ended(pool, collection, job, Outcome.FAILED, why, now_ms)
+        decision = gate.judge(result.incumbent, result.candidate, self._context.config.gate)
         canary = _canary(pool, job, result)
         if canary is not None:
-            return await self._deployed(pool, collection, job, canary, now_ms)
+            return await self._deployed(pool, collection, job, canary, decision, now_ms)
         try:
             draft = await self._stored(pool, job, result, now_ms)
         except Refused as exc:
-            return await self._ended(pool, collection, job, Outcome.FAILED, str(exc), now_ms)
+            return await self._ended(pool, collection, job, Outcome.FAILED, str(exc), now_ms, decision.gain_share)
         failpoints.hit("dispatcher.stored")
         if decision.verdict is gate.Verdict.PASS:
             return await self._deploying(pool, collection, job, draft, decision, now_ms)
         await self._announce_gate(pool, draft, decision)
         outcome = Outcome.WORSE if decision.verdict is gate.Verdict.FAIL else Outcome.UNDECIDED
-        return await self._ended(pool, collection, job, outcome, decision.reason, now_ms)
+        return await self._ended(pool, collection, job, outcome, decision.reason, now_ms, decision.gain_share)
 
     async def _deploying(
         self, pool: Pool, collection: Collection, job: Job, draft: Draft, decision: gate.GateDecision, now_ms: int
@@ -215,7 +215,7 @@ class Dispatcher:
         if not fit:
             serves = pool.members[0].view.info.version[:12] or "no draft"
             why = f"{serves} is served now, the gate compared with {job.spec.draft[:12]}"
-            return await self._ended(pool, collection, job, Outcome.UNDECIDED, why, now_ms)
+            return await self._ended(pool, collection, job, Outcome.UNDECIDED, why, now_ms, decision.gain_share)
         now_s = self._context.clock()
         waiting, refused = False, ""
         for member in sorted(fit, key=lambda member: -(member.view.tokens_per_s(now_s) or 0.0)):
@@ -229,39 +229,49 @@ class Dispatcher:
             else:
                 await self._announce_gate(pool, draft, decision)
                 return collection
-        return collection if waiting else await self._ended(pool, collection, job, Outcome.FAILED, refused, now_ms)
+        if waiting:
+            return collection
+        return await self._ended(pool, collection, job, Outcome.FAILED, refused, now_ms, decision.gain_share)
 
     async def _deployed(
-        self, pool: Pool, collection: Collection, job: Job, deployment: Deployment, now_ms: int
+        self,
+        pool: Pool,
+        collection: Collection,
+        job: Job,
+        deployment: Deployment,
+        decision: gate.GateDecision,
+        now_ms: int,
     ) -> Collection:
         if not deployment.state.final:
             return collection
         if deployment.state is DeploymentState.LIVE:
             await self._heads.move(pool.digest, Head(deployment.version, deployment.created_ms))
             why = f"{deployment.version[:12]} is live on {deployment.engine}"
-            return await self._ended(pool, collection, job, Outcome.DEPLOYED, why, now_ms)
+            return await self._ended(pool, collection, job, Outcome.DEPLOYED, why, now_ms, decision.gain_share)
         blamed = (await anyio.to_thread.run_sync(self._context.drafts.get, deployment.version)).quarantined
         outcome = Outcome.ROLLED_BACK if blamed else Outcome.FAILED
-        return await self._ended(pool, collection, job, outcome, deployment.error, now_ms)
+        return await self._ended(pool, collection, job, outcome, deployment.error, now_ms, decision.gain_share)
 
     async def _ended(
-        self, pool: Pool, collection: Collection, job: Job | None, outcome: Outcome, why: str, now_ms: int
+        self,
+        pool: Pool,
+        collection: Collection,
+        job: Job | None,
+        outcome: Outcome,
+        why: str,
+        now_ms: int,
+        gain: float = 1.0,
     ) -> Collection:
-        """A cycle is over. Its samples go when they taught us something: consumed, a bounded part kept as replay."""
+        """A cycle is over. Its samples go when they taught us something: consumed, a bounded part kept as replay.
+
+        `gain`: by which share the gate found the draft better; 1.0 where it was not asked.
+        """
         if job is not None and outcome in (Outcome.DEPLOYED, Outcome.WORSE, Outcome.ROLLED_BACK):
             await self._stockroom.retire(pool.digest, job.spec.shards, pool.domain, pool.domains)
         failpoints.hit("dispatcher.retired")
         await self._context.announce("training-ended", pool.target.name, f"{outcome}: {why}", job=collection.job)
-        decision = self._judged(job.result if job is not None else None)
-        gain = decision.gain_share if decision is not None else 1.0
         after, _ = await self._apply(pool, collection, TrainingEnded(now_ms, outcome, gain, _worker_ms(job)))
         return after
-
-    def _judged(self, result: JobResult | None) -> gate.GateDecision | None:
-        """What the gate says, always the same of the same result; None of one that has nothing to compare."""
-        if result is None or result.incumbent is None or result.candidate is None:
-            return None
-        return gate.judge(result.incumbent, result.candidate, self._context.config.gate)
 
     async def _stored(self, pool: Pool, job: Job, result: JobResult, now_ms: int) -> Draft:
         """The job's draft in the store; the same record when it is there already."""

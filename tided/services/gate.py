@@ -7,7 +7,6 @@ own scatter cancels. Algorithm 1 compares served acceptance with an offline scor
 
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import lru_cache
 
 import numpy as np
 
@@ -42,9 +41,8 @@ class GateDecision:
         return self.gain / self.incumbent if self.incumbent > 0.0 else 1.0
 
 
-@lru_cache(maxsize=16)
 def judge(incumbent: Evaluation, candidate: Evaluation, config: GateConfig) -> GateDecision:
-    """Compare two evaluations, matched by group. Deterministic for the same evaluations and configuration, and so made once."""
+    """Compare two evaluations, matched by group. Deterministic for the same evaluations and configuration."""
     pairs = _pairs(incumbent, candidate)
     n, tokens = len(pairs), int(sum(weight for _, _, weight in pairs))
     if n < config.min_requests or tokens < config.min_tokens:

@@ -72,7 +72,7 @@ class WorkerStore:
     async def marked(self, worker: str) -> WorkerMark:
         """Also of a worker that is not there."""
         with translated():
-            stored = await self._redis.get(keys.cordon(worker))
+            stored = raw(await self._redis.get(keys.cordon(worker)))
         return WorkerMark(stored.decode()) if stored else WorkerMark.NONE
 
     async def _beat(self, info: WorkerInfo, *, take: bool) -> Beat:
