@@ -10,7 +10,7 @@ MODEL := build/models/smollm2
 HOST_PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 
-.PHONY: help setup model demo run engines test lint format bench bench-shift bench-loop bench-engines bench-policy benchmarks clean
+.PHONY: help setup model demo run engines test lint format bench bench-shift bench-loop bench-engines bench-policy bench-hetero bench-training benchmarks clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -68,6 +68,13 @@ bench-engines: model engines ## real vLLM and SGLang servers: tap, swaps, cost, 
 
 bench-policy: model ## policies over generated and recorded traffic in virtual time; what a decision costs; what a draft forgets
 	@$(PY) -m bench policy forgetting
+
+bench-hetero: model ## one core that trains for another against two that serve, and with a quarter of a core; two parts of 20 minutes
+	@$(PY) -m bench hetero
+
+bench-training: model ## the trainer against speculators and recomputed states; what is kept while training goes on and on (an hour, in parts)
+	@$(PY) engines/build.py speculators
+	@$(PY) -m bench training
 
 benchmarks: setup ## docs/benchmarks.md from build/bench/
 	@$(PY) -m bench.report --markdown

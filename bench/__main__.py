@@ -1,6 +1,8 @@
-"""`python -m bench NAME...`: runs benches one after another, each in a process of its own; `all`, `loop` and `engines` are groups.
+"""`python -m bench NAME...`: runs benches one after another, each in a process of its own.
 
-Those of group `engines` need the environments of `make engines`.
+`all`, `loop`, `engines` and `training` are groups.
+
+Those of group `engines` need the environments of `make engines`, `peers` that of `engines/build.py speculators`.
 """
 
 import argparse
@@ -20,15 +22,20 @@ ENGINES = (
     "engines.shift sglang",
     "engines.recurring",
 )
-ALL = (*LOOP, "dataplane", "policy", "forgetting", "shift")
-GROUPS = {"all": ALL, "loop": LOOP, "engines": ENGINES}
+TRAINING = ("recompute", "storage", "peers")
+ALL = (*LOOP, "dataplane", "storage", "policy", "forgetting", "hetero", "shift")
+GROUPS = {"all": ALL, "loop": LOOP, "engines": ENGINES, "training": TRAINING}
 
 
 def main() -> None:
     """Exit code 1 when a bench failed; the others run nevertheless."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "names", nargs="+", choices=(*GROUPS, *ALL, *ENGINES), metavar="NAME", help=", ".join((*GROUPS, *ALL))
+        "names",
+        nargs="+",
+        choices=(*GROUPS, *ALL, *ENGINES, *TRAINING),
+        metavar="NAME",
+        help=", ".join((*GROUPS, *ALL)),
     )
     wanted = [name for given in parser.parse_args().names for name in GROUPS.get(given, (given,))]
     failed: list[str] = []

@@ -38,6 +38,7 @@ class Answer:
     accepted: int = 0
     error: str = ""
     arrived_s: tuple[float, ...] = ()  # time.monotonic() of each piece of text
+    prompt_tokens: int = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -136,6 +137,7 @@ async def ask(
         tide.get("accepted", 0),
         error,
         tuple(arrived),
+        usage.get("prompt_tokens", 0),
     )
 
 

@@ -117,5 +117,11 @@ class Parts:
         found = itertools.takewhile(lambda part: part is not None, map(self.read, names))
         return [part for part in found if part is not None]
 
+    def begin_anew(self, *names: str) -> None:
+        """Forgets these parts where all of them have run; else the missing ones go on."""
+        if len(self.first(*names)) == len(names):
+            for name in names:
+                self._file(name).unlink()
+
     def _file(self, name: str) -> Path:
         return self.directory / f"part-{name}.json"

@@ -1,4 +1,4 @@
-"""Builds the pinned environment of a serving engine outside the checkout, once: `python engines/build.py NAME`.
+"""Builds the pinned environment of a serving engine, or of a trainer to compare with, outside the checkout, once: `engines/build.py NAME`.
 
     engines/NAME.txt            every requirement, pinned; installed without resolving anything
     ENVIRONMENTS below          the pip calls that make the environment, in order, and one command that proves that it works
@@ -64,6 +64,15 @@ ENVIRONMENTS = {
             ("--no-deps", "torchvision==0.29.1", "sglang==0.5.23"),
         ),
         proof="import torch, transformers, xgrammar; from importlib.metadata import version; assert version('sglang') == '0.5.23'",
+    ),
+    # No engine: the public trainer that bench/peers.py measures ours against. Its own requirements would bring torchvision and torchaudio.
+    "speculators": Environment(
+        installs=(
+            ("torch==2.13.0",),
+            ("--no-deps", "-r", "speculators.txt"),
+            ("--no-deps", "speculators==0.9.0", "hs-connectors==0.9.0"),
+        ),
+        proof="import speculators.train.cli",
     ),
 }
 

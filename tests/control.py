@@ -55,7 +55,7 @@ def settings(root: Path, target: Path, **sections: dict[str, object]) -> Config:
         "self_test": {"enabled": False},
         "training": {"min_rows": 200, "cool_down_s": 0, "draft_vocab": 64, "short_window": 4, "long_window": 32},
         "gate": {"min_requests": 4, "min_tokens": 20},
-        "deployment": {"swap_deadline_s": 120.0, "watch_requests": 5, "watch_s": 600.0},
+        "deployment": {"swap_deadline_s": 120.0, "watch_requests": 5, "watch_s": 600.0, "canary_requests": 5},
     }
     for name, values in sections.items():
         base[name] = {**base.get(name, {}), **values}

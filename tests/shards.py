@@ -45,6 +45,7 @@ def write_shard(path: Path, samples: Sequence[Sample], **metadata: str) -> Path:
     }
     requests = json.dumps([f"r{i}" for i in range(len(samples))])
     defaults = {"schema": "1", "target": "", "engine": "test", "has_last": "1", "created_ms": "0", "requests": requests}
+    defaults["since_ms"] = metadata.get("created_ms", "0")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, tensors, defaults | metadata)
     return path

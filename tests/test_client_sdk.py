@@ -138,13 +138,14 @@ def swap(path: Path, draft: DraftIdentity) -> Swapped:
     return Swapped(draft, 0.01)
 
 
-async def test_capabilities_follow_from_what_was_given(valkey: Valkey) -> None:
+async def test_capabilities_follow_from_what_was_given(valkey: Valkey, tmp_path: Path) -> None:
     plain = Producer(valkey.url, stack())
     full = Producer(
         valkey.url,
         stack(gamma_max=1, last_hidden=True, swaps_vocabulary=True),
         on_swap=swap,
         on_profile=lambda: PROFILE,
+        drafts_dir=tmp_path,
     )
     assert plain.capabilities == (Capability.TAP,)
     assert set(full.capabilities) == set(Capability)

@@ -22,6 +22,7 @@ from tided.services.assembly import Limits
 from tided.services.collector import Collector, CollectorSettings, EngineCollector
 from tided.store.client import connect, connect_blocking
 from tided.store.ledger import read_ledger
+from tided.store.pressing import press
 from tided.wire import keys
 from tided.wire.control import encode
 from tided.wire.samples import decode_header
@@ -311,6 +312,18 @@ async def test_draining_stores_what_is_held(valkey: Valkey, tmp_path: Path, clie
             assert (await read_ledger(client, "e1")).stored == 0
     await settled(client, stored=10, in_flight=0)
     assert sorted(stored_rows(tmp_path)) == sorted(producer.sent)
+
+
+async def test_while_a_question_waits_shards_are_closed_soon(
+    valkey: Valkey, tmp_path: Path, client: redis.asyncio.Redis
+) -> None:
+    with producing(valkey.url) as producer:
+        async with collecting(valkey.url, tmp_path, Limits(10**6, 1000.0, pressed_age_s=0.01)) as one:
+            producer.request("a", rows=12)
+            await eventually(lambda: one._assembly.held_bytes > 0)  # pyright: ignore[reportPrivateUsage]
+            assert (await read_ledger(client, "e1")).stored == 0
+            await press(client, "e1")
+            await settled(client, stored=12, in_flight=0)
 
 
 async def test_requests_are_whole_runs_on_their_side_of_the_split(

@@ -91,6 +91,18 @@ def test_a_request_over_several_chunks_is_one_run_with_its_labels() -> None:
     assert assembly.held_bytes == 0
 
 
+def test_while_a_question_waits_ended_requests_are_due_soon_and_say_since_when() -> None:
+    assembly, stream = Assembly(LIMITS), Stream()
+    assembly.add(*stream.chunk(("a", 0, 3), ends=["a"]), 5.0)
+    assembly.add(*stream.chunk(("b", 0, 3), ends=["b"]), 6.0)
+    assert assembly.due(7.0) is None
+    assembly.pressed = True
+    assert assembly.due(5.9) is None
+    plan = assembly.due(6.0)
+    assert plan is not None
+    assert (len(runs_of(plan)), plan.since_s) == (2, 5.0)
+
+
 def test_a_gap_ends_a_run_and_only_the_last_has_the_tail() -> None:
     assembly, stream = Assembly(LIMITS), Stream()
     assembly.add(*stream.chunk(("a", 128, 3), ("a", 140, 2), ends=["a"], tail=(142,)), 0.0)

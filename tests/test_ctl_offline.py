@@ -59,6 +59,14 @@ def test_plan_of_the_papers_cluster() -> None:
     assert found["worth_it"]
 
 
+def test_plan_with_what_comes_before_the_first_draft() -> None:
+    options = ("A=3:10:50", "--speedup", "1.8", "--collect", "100", "--work", "25000")
+    shown = tidectl("plan", *options, "--over", "1600").out
+    assert "first adapted draft after 600 s; what it cost is earned back after 1,600 s" in shown
+    assert "expected over an hour 1.11x, a day 1.20x, a week 1.20x" in shown
+    assert json.loads(tidectl("plan", *options, "--json").out)["outlook"][0]["horizon_s"] == 3600.0
+
+
 def test_plan_refuses_what_it_does_not_know() -> None:
     for wrong, why in (
         ("X=2", "no published rates"),
@@ -80,4 +88,4 @@ def test_other_commands_do_not_pay_for_it() -> None:
 def test_bars() -> None:
     assert bars([0.0, 1.0, 8.0], 8.0) == " ▂█"
     assert bars([0.0], 0.0) == " "
-    assert len(KINDS) == 16
+    assert len(KINDS) == 18

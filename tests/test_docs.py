@@ -244,7 +244,12 @@ def test_the_engine_user_can_do_its_work_and_no_more(users: Valkey) -> None:
         client.xrevrange(keys.commands("local"), count=1)
         client.xread({keys.commands("local"): "0"}, count=1)
         client.time()
-        client.delete(keys.info("local"))
+        pipeline = client.pipeline(transaction=True)
+        pipeline.rpush(keys.fetches("local"), b"x")
+        pipeline.expire(keys.fetches("local"), 60)
+        pipeline.execute()
+        client.blpop([keys.parts("local", "cmd-1")], timeout=0.01)
+        client.delete(keys.info("local"), keys.fetches("local"))
         for forbidden in (
             lambda: client.get(keys.policy()),
             lambda: client.xadd(keys.samples("other"), {"h": b"x"}),

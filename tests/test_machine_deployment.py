@@ -11,6 +11,7 @@ from tided.machine.deployment import (
     Announce,
     DeploymentAction,
     DeploymentEvent,
+    PeerServed,
     Quarantine,
     RequestsServed,
     RollbackRequested,
@@ -23,24 +24,35 @@ from tided.machine.deployment import (
     WatchRules,
     step,
     validate_state,
-    watched_length,
 )
 from tided.model.errors import InvariantBroken
-from tided.model.records import Deployment, DeploymentState
+from tided.model.records import Deployment, DeploymentState, ServedSums, WatchPeer
 
 S = DeploymentState
 NEW, OLD, OTHER = "a" * 64, "b" * 64, "c" * 64
 NOW = 1_000_000
-RULES = WatchRules(swap_deadline_ms=1_000, watch_ms=5_000, watch_requests=10, rollback_margin=0.1)
+RULES = WatchRules(
+    swap_deadline_ms=1_000,
+    watch_ms=5_000,
+    watch_requests=10,
+    canary_ms=9_000,
+    canary_requests=30,
+    rollback_margin=0.1,
+)
 
 PENDING = Deployment("d1", "engine-a", NEW, OLD, S.PENDING, 7, NOW, NOW, "gate", baseline_length=2.0)
 SWAPPING = replace(PENDING, state=S.SWAPPING, deadline_ms=NOW + 1, command="cmd-1")
 SWAPPING_LATE = replace(SWAPPING, deadline_ms=NOW)
 WATCHING = replace(PENDING, state=S.WATCHING, deadline_ms=NOW + 1, swap_s=0.1)
-WATCHED_WELL = replace(WATCHING, watched_requests=9, watched_steps=100, watched_accepted=100)
-WATCHED_BADLY = replace(WATCHED_WELL, watched_accepted=70)
+WATCHED_WELL = replace(WATCHING, watched=ServedSums(9, 100, 100))
+WATCHED_BADLY = replace(WATCHED_WELL, watched=ServedSums(9, 100, 70))
 WATCH_OVER = replace(WATCHED_WELL, deadline_ms=NOW)
 WATCH_OVER_BADLY = replace(WATCHED_BADLY, deadline_ms=NOW)
+TRIAL = replace(WATCHED_WELL, trial=True, peers=(WatchPeer("b", OLD, 2.0, 0.0),))
+TRIAL_ENOUGH = replace(TRIAL, watched=ServedSums(29, 290, 290))
+TRIAL_BADLY = replace(TRIAL, watched=WATCHED_BADLY.watched)
+TRIAL_OVER = replace(TRIAL, watched=ServedSums(9, 90, 10), deadline_ms=NOW)
+TRIAL_SILENT = replace(TRIAL_OVER, peers=(WatchPeer("b", OLD, 2.0, 0.0, ServedSums(10, 100, 100)),))
 RESTORING = replace(WATCHING, state=S.RESTORING, command="cmd-1", error="bad")
 RESTORING_LATE = replace(RESTORING, deadline_ms=NOW)
 LIVE = replace(WATCHED_WELL, state=S.LIVE)
@@ -55,6 +67,11 @@ STATES = {
     "watched-badly": WATCHED_BADLY,
     "watch-over": WATCH_OVER,
     "watch-over-badly": WATCH_OVER_BADLY,
+    "trial": TRIAL,
+    "trial-enough": TRIAL_ENOUGH,
+    "trial-badly": TRIAL_BADLY,
+    "trial-over": TRIAL_OVER,
+    "trial-silent": TRIAL_SILENT,
     "restoring": RESTORING,
     "restoring-late": RESTORING_LATE,
     "live": LIVE,
@@ -69,8 +86,10 @@ EVENTS: dict[str, DeploymentEvent] = {
     "new-seen": VersionSeen(NOW, NEW, 0.1),
     "old-seen": VersionSeen(NOW, OLD),
     "other-seen": VersionSeen(NOW, OTHER),
-    "served": RequestsServed(NOW, NEW, 1, 10, 10),
-    "served-old": RequestsServed(NOW, OLD, 1, 10, 10),
+    "served": RequestsServed(NOW, NEW, ServedSums(1, 10, 10)),
+    "peer": PeerServed(NOW, "b", ServedSums(1, 10, 10)),
+    "peer-unknown": PeerServed(NOW, "z", ServedSums(1, 10, 10)),
+    "served-old": RequestsServed(NOW, OLD, ServedSums(1, 10, 10)),
     "rollback": RollbackRequested(NOW, "asked"),
     "rollback-quarantine": RollbackRequested(NOW, "asked", quarantine=True),
     "time": TimePassed(NOW),
@@ -82,7 +101,7 @@ BLAME_AND_RESTORE = (Quarantine, SendSwap, Announce)
 TABLE: dict[tuple[str, str], tuple[DeploymentState, tuple[type, ...]]] = {
     ("pending", "started"): (S.SWAPPING, (SendSwap,)),
     ("pending", "rollback"): (S.FAILED, (Announce,)),
-    ("pending", "rollback-quarantine"): (S.FAILED, (Announce,)),
+    ("pending", "rollback-quarantine"): (S.FAILED, (Quarantine, Announce)),
     ("swapping", "sent"): (S.SWAPPING, ()),
     ("swapping", "failed"): (S.RESTORING, RESTORE),
     ("swapping", "new-seen"): (S.WATCHING, (Announce,)),
@@ -109,8 +128,18 @@ TABLE: dict[tuple[str, str], tuple[DeploymentState, tuple[type, ...]]] = {
     ("watch-over-badly", "served"): (S.RESTORING, BLAME_AND_RESTORE),
     ("watch-over", "time"): (S.LIVE, (Announce,)),
     ("watch-over-badly", "time"): (S.RESTORING, BLAME_AND_RESTORE),
+    ("trial", "served"): (S.WATCHING, ()),
+    ("trial-enough", "served"): (S.LIVE, (Announce,)),
+    ("trial-badly", "served"): (S.RESTORING, BLAME_AND_RESTORE),
+    ("trial-over", "served"): (S.RESTORING, BLAME_AND_RESTORE),
+    ("trial-over", "time"): (S.RESTORING, BLAME_AND_RESTORE),
+    ("trial-silent", "served"): (S.RESTORING, BLAME_AND_RESTORE),
+    ("trial-silent", "time"): (S.RESTORING, RESTORE),  # it has hardly any requests, another engine has: no blame
 }
-for _name in ("watching", "watched-well", "watched-badly", "watch-over", "watch-over-badly"):
+TRIALS = ("trial", "trial-enough", "trial-badly", "trial-over", "trial-silent")
+for _name in TRIALS:
+    TABLE[_name, "peer"] = (S.WATCHING, ())
+for _name in ("watching", "watched-well", "watched-badly", "watch-over", "watch-over-badly", *TRIALS):
     TABLE.update(
         {
             (_name, "old-seen"): (S.RESTORING, RESTORE),
@@ -150,19 +179,19 @@ def test_a_good_deployment_from_beginning_to_end() -> None:
         SwapSent(NOW, "cmd-9"),
         VersionSeen(NOW + 10, OLD),
         VersionSeen(NOW + 20, NEW, 0.05),
-        RequestsServed(NOW + 30, OLD, 50, 500, 0),
-        RequestsServed(NOW + 40, NEW, 9, 90, 100),
-        RequestsServed(NOW + 50, NEW, 1, 10, 30),
+        RequestsServed(NOW + 30, OLD, ServedSums(50, 500, 0)),
+        RequestsServed(NOW + 40, NEW, ServedSums(9, 90, 100)),
+        RequestsServed(NOW + 50, NEW, ServedSums(1, 10, 30)),
     ):
         deployment, _ = step(deployment, event, RULES)
     assert deployment.state is S.LIVE
-    assert (deployment.swap_s, deployment.watched_requests, deployment.updated_ms) == (0.05, 10, NOW + 50)
-    assert watched_length(deployment) == 2.3
+    assert (deployment.swap_s, deployment.watched.requests, deployment.updated_ms) == (0.05, 10, NOW + 50)
+    assert deployment.watched.length == 2.3
 
 
 def test_the_margin_is_a_share_of_the_incumbents_length() -> None:
     for accepted, expected in ((81, S.LIVE), (79, S.RESTORING)):
-        after, _ = step(WATCHING, RequestsServed(NOW, NEW, 10, 100, accepted), RULES)
+        after, _ = step(WATCHING, RequestsServed(NOW, NEW, ServedSums(10, 100, accepted)), RULES)
         assert after.state is expected
 
 
@@ -177,7 +206,33 @@ def test_a_draft_that_has_proved_itself_elsewhere_is_taken_back_and_not_blamed()
 def test_without_traffic_or_a_baseline_there_is_no_evidence_against_the_gate() -> None:
     assert step(replace(WATCHING, deadline_ms=NOW), TimePassed(NOW), RULES)[0].state is S.LIVE
     unknown = replace(WATCHING, baseline_length=0.0)
-    assert step(unknown, RequestsServed(NOW, NEW, 10, 100, 0), RULES)[0].state is S.LIVE
+    assert step(unknown, RequestsServed(NOW, NEW, ServedSums(10, 100, 0)), RULES)[0].state is S.LIVE
+
+
+def test_what_is_not_sure_is_watched_on_until_time_is_up() -> None:
+    """Requests that differ a lot: no verdict at enough of them, the mean decides at the end."""
+    for accepted, ended in ((20.0, S.LIVE), (13.0, S.RESTORING)):
+        differing = ServedSums.of(10, 0).plus(ServedSums.of(10, accepted))
+        deployment = WATCHING
+        for _ in range(5):
+            deployment, actions = step(deployment, RequestsServed(NOW, NEW, differing), RULES)
+            assert (deployment.state, actions) == (S.WATCHING, ())
+        assert step(deployment, TimePassed(NOW + 1), RULES)[0].state is ended
+
+
+def test_no_blame_where_the_incumbent_fell_on_the_other_engines_too() -> None:
+    fell = PeerServed(NOW, "b", ServedSums(20, 200, 120))
+    blamed, _ = step(replace(TRIAL_ENOUGH, watched=ServedSums(29, 290, 180)), EVENTS["served"], RULES)
+    assert blamed.state is S.RESTORING
+    fallen, _ = step(replace(TRIAL_ENOUGH, watched=ServedSums(29, 290, 180)), fell, RULES)
+    assert step(fallen, EVENTS["served"], RULES)[0].state is S.LIVE
+
+
+def test_a_trial_that_ends_without_blame_may_be_made_elsewhere() -> None:
+    assert step(TRIAL_SILENT, TimePassed(NOW), RULES)[0].withdrawn
+    assert step(TRIAL, VersionSeen(NOW, OLD), RULES)[0].withdrawn
+    assert not step(TRIAL_OVER, TimePassed(NOW), RULES)[0].withdrawn
+    assert step(replace(SWAPPING, trial=True), VersionSeen(NOW, NEW), RULES)[0].deadline_ms == NOW + RULES.canary_ms
 
 
 def test_a_first_version_that_fails_has_nothing_to_go_back_to() -> None:
@@ -191,7 +246,7 @@ def test_a_first_version_that_fails_has_nothing_to_go_back_to() -> None:
     "broken",
     [
         replace(SWAPPING, deadline_ms=0),
-        replace(PENDING, watched_requests=1),
+        replace(PENDING, watched=ServedSums(1, 10, 10)),
         replace(RESTORING, error=""),
         replace(LIVE, error="x"),
         replace(LIVE, command="cmd"),
@@ -253,7 +308,7 @@ class AnEngineThatMisbehaves(RuleBasedStateMachine):
 
     @rule(requests=st.integers(1, 20), accepted=st.integers(0, 300))
     def traffic(self, requests: int, accepted: int) -> None:
-        self.happen(RequestsServed(self.now_ms, self.served, requests, 100, accepted))
+        self.happen(RequestsServed(self.now_ms, self.served, ServedSums(requests, 100, accepted)))
 
     @rule(quarantine=st.booleans())
     def operator_asks_for_rollback(self, quarantine: bool) -> None:
@@ -269,8 +324,7 @@ class AnEngineThatMisbehaves(RuleBasedStateMachine):
         validate_state(self.deployment)
         if self.deployment.state is S.LIVE:
             assert NEW not in self.quarantined
-            length = watched_length(self.deployment)
-            assert self.deployment.watched_steps == 0 or length >= 1.8
+            assert self.deployment.watched.steps == 0 or self.deployment.watched.length >= 1.8
         if self.ended is not None:
             assert self.deployment == self.ended
         if self.deployment.state.final:

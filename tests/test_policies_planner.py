@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tided.model.errors import Refused
-from tided.policies.planner import PAPER, Device, Share, Speedup, plan
+from tided.policies.planner import PAPER, Device, Share, Speedup, WarmUp, plan
 
 CLUSTER = (replace(PAPER["H100"], count=8), replace(PAPER["MI250"], count=4))
 
@@ -42,6 +42,43 @@ def test_no_more_devices_train_than_the_traffic_needs() -> None:
     assert plan(CLUSTER, exactly(1.2)).best.shares == (Share("H100", 8, 0), Share("MI250", 3, 1))
 
 
+def test_until_the_first_draft_the_trainers_only_cost() -> None:
+    # One of three serves less: 2/3 of the rate is left, so 1.5 is the break-even speedup, and 600 s of collecting and training come first.
+    three = [Device("A", 3, 10.0, 50.0)]
+    warm_up = WarmUp(collect_s=100.0, work=25_000.0)
+    found = plan(three, exactly(1.8), warm_up=warm_up, horizon_s=2400.0)
+    assert found.best.warm_up_s == pytest.approx(600.0)
+    assert found.best.gain[1] == pytest.approx((600 * 1.0 + 1800 * 1.8) / 2400 * 2 / 3)
+    assert found.best.break_even == pytest.approx(1.0 + 0.5 / 0.75)
+    assert found.best.pays_after_s == pytest.approx(600 * 0.8 / 0.3)
+    # Over exactly that time nothing is lost and nothing won.
+    assert plan(three, exactly(1.8), warm_up=warm_up, horizon_s=1600.0).best.gain[1] == pytest.approx(1.0)
+    hour, day, week = (outlook.gain for outlook in found.outlook)
+    assert hour == pytest.approx((600 + 3000 * 1.8) / 3600 * 2 / 3)
+    assert hour < day < week < 1.2
+    assert plan(three, exactly(1.8)).best.gain[1] == pytest.approx(1.2)
+
+
+def test_a_horizon_that_ends_before_the_first_draft_pays_nothing_at_any_speedup() -> None:
+    two = [Device("core", 1, 20.0, 600.0), Device("quarter", 1, 5.0, 150.0)]
+    found = plan(two, exactly(3.0), warm_up=WarmUp(collect_s=120.0), horizon_s=60.0)
+    assert (found.best.break_even, found.best.gain[1], found.worth_it) == (None, pytest.approx(0.8), False)
+    assert found.reason.startswith(
+        "do not train: the devices that train cost 20% of the serving rate: no adapted draft would serve"
+    )
+    assert found.reason.endswith("it would pay after 137 s")
+    assert plan(two, exactly(1.2), warm_up=WarmUp(60.0)).best.pays_after_s is None
+
+
+def test_a_slower_trainer_is_taken_only_where_the_horizon_is_long_enough() -> None:
+    devices = [Device("fast", 2, 1.2, 10.0), Device("slow", 1, 1.0, 0.1)]
+    warm_up = WarmUp(work=100.0)
+    short = plan(devices, exactly(2.0), warm_up=warm_up, horizon_s=1000.0)
+    long = plan(devices, exactly(2.0), warm_up=warm_up, horizon_s=100_000.0)
+    assert [share.training for share in short.best.shares] == [1, 0]
+    assert [share.training for share in long.best.shares] == [0, 1]
+
+
 def test_nonsense_is_refused() -> None:
     with pytest.raises(Refused, match="at least two"):
         plan([Device("A", 1, 1.0, 1.0)], exactly(1.2))
@@ -51,6 +88,10 @@ def test_nonsense_is_refused() -> None:
         plan([Device("A", 4, 0.0, 1.0)], exactly(1.2))
     with pytest.raises(Refused, match="low <= middle <= high"):
         Speedup(1.3, 1.2, 1.4)
+    with pytest.raises(Refused, match="warm-up: "):
+        WarmUp(-1.0)
+    with pytest.raises(Refused, match="horizon must be above 0"):
+        plan(CLUSTER, exactly(1.2), horizon_s=0.0)
 
 
 devices = st.lists(
@@ -64,6 +105,7 @@ def test_break_even_is_where_it_breaks_even(given_devices: list[Device], speedup
         found = plan(given_devices, exactly(speedup), needed)
     except Refused:
         return
+    assert found.best.break_even is not None
     assert found.worth_it == (speedup / found.best.break_even > 1.0)
     assert found.best.training_rate >= needed
     assert sum(share.serving for share in found.best.shares) >= 1

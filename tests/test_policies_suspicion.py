@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from tests.test_policies_faults import request
 from tided.model.records import Evaluation, RequestStats, SamplingScore
-from tided.policies.faults import MIN_REQUESTS, WINDOW, ServedClasses
+from tided.policies.faults import MIN_PROMPTS, MIN_REQUESTS, MIN_SCORED_STEPS, WINDOW, ServedClasses
 from tided.policies.speedup import expected_length
 from tided.policies.suspicion import (
-    MANY_TOKENS,
+    FEW,
     NEWEST,
     RESPITE,
-    TOKENS,
+    WARY_MS,
     Answer,
     Expected,
     Rules,
@@ -28,7 +28,7 @@ from tided.policies.suspicion import (
 )
 
 NOW = 10_000_000
-RULES = Rules(every_ms=300_000, again_ms=10_000, wait_ms=120_000)
+RULES = Rules(every_ms=300_000, again_ms=5_000, wait_ms=120_000)
 T = 0.7
 
 
@@ -64,7 +64,7 @@ class Story:
 
     def score(self, alpha: float, since_ms: int | None = None) -> None:
         since_ms = self.state.onset_ms if since_ms is None else since_ms
-        self.state = asked(self.state, Wish(T, since_ms, TOKENS), "job", self.now_ms)
+        self.state = asked(self.state, Wish(T, since_ms), "job", self.now_ms)
         self.state, news = judge(self.state, self.served, (score(self.draw, alpha),))
         self.news += [item.kind for item in news]
 
@@ -92,7 +92,7 @@ def test_a_fall_waits_for_a_score_of_what_was_served_since_it_began() -> None:
     assert 0 <= story.now_ms - story.state.onset_ms <= 4000
     assert story.wish() is None, "too few requests since"
     story.serve(0.3, MIN_REQUESTS // 4 + 2)
-    assert story.wish() == Wish(T, story.state.onset_ms, MANY_TOKENS)
+    assert story.wish() == Wish(T, story.state.onset_ms, fallen=True)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,73 @@ def test_the_score_says_which_it_is(scored: float, answer: Answer, told: list[st
     assert not story.state.questioned
 
 
+def test_the_score_that_said_drift_is_named_until_the_next_fall() -> None:
+    """It scored the pooled drafts, too."""
+    story = Story()
+    story.fall(0.3)
+    assert story.state.answered_by == ""
+    story.serve(0.3, 15)
+    story.score(0.3)
+    assert (story.state.answer, story.state.answered_by) == (Answer.DRIFT, "job")
+    story.falls = ()
+    story.serve(0.6, 100)
+    assert story.state.answer is Answer.NONE
+    story.fall(0.2)
+    assert (story.state.answer, story.state.answered_by) == (Answer.OPEN, "")
+
+
+def test_a_hunch_is_had_before_the_fall_is_sure_and_for_a_while_only() -> None:
+    story = Story()
+    story.state = replace(story.state, sagged_ms=0, expected=())
+    story.serve(0.2, FEW // 4 + 1)
+    assert story.state.answer is Answer.NONE
+    assert story.state.wary(story.now_ms)
+    assert not story.state.wary(story.now_ms + WARY_MS)
+    story.serve(0.2, 5)
+    first_ms = story.state.sagged_ms
+    story.now_ms += WARY_MS
+    story.look()
+    assert story.state.sagged_ms == first_ms, "training goes on in between"
+    assert replace(story.state, answer=Answer.OPEN).wary(story.now_ms)
+    assert not replace(story.state, sagged_ms=story.now_ms, answer=Answer.DRIFT).wary(story.now_ms)
+
+
+def test_steady_traffic_gives_a_hunch_now_and_then() -> None:
+    """Of forty minutes at four requests a second, in a tenth at most."""
+    wary = 0
+    for seed in range(4):
+        story = Story(seed=seed)
+        for _ in range(600):
+            story.serve(0.6, 1)
+            wary += story.state.wary(story.now_ms) and not story.state.questioned
+    assert wary <= 240
+
+
+def test_where_few_requests_come_the_fall_began_when_they_fell_and_not_when_it_was_sure() -> None:
+    story = Story()
+    fell_ms = story.now_ms
+    for _ in range(30):  # one a second
+        story.now_ms += 1000
+        story.served.add(request(story.draw, 0.2), story.now_ms, captured=True)
+    story.falls = (T,)
+    story.look()
+    assert story.state.answer is Answer.OPEN
+    assert story.state.onset_ms <= fell_ms + 5000
+    assert story.wish() is not None, "enough requests have come since"
+
+
+def test_samples_suffice_when_enough_of_them_are_of_the_temperature() -> None:
+    greedy, sampled = Wish(0.0, NOW), Wish(T, NOW)
+    mix = ((0.0, 0.9), (T, 0.1))
+    assert greedy.ripe(MIN_PROMPTS + 2, MIN_SCORED_STEPS, mix)
+    assert not sampled.ripe(MIN_PROMPTS + 2, MIN_SCORED_STEPS, mix)
+    assert sampled.ripe(4 * MIN_PROMPTS, MIN_SCORED_STEPS, mix), "more is waited for by nobody"
+    assert not greedy.ripe(4 * MIN_PROMPTS, MIN_SCORED_STEPS - 1, mix)
+
+
 def test_a_score_from_before_the_fall_answers_nothing() -> None:
     story = Story()
-    story.state = asked(story.state, Wish(T, NOW, TOKENS), "job", story.now_ms)
+    story.state = asked(story.state, Wish(T, NOW), "job", story.now_ms)
     story.fall(0.3)
     story.state, _ = judge(story.state, story.served, (score(story.draw, 0.6),))
     assert story.state.answer is Answer.OPEN
@@ -209,7 +273,7 @@ def test_a_version_that_serves_below_its_gate_is_asked_about_and_is_no_drift() -
     for second in range(10):
         for _ in range(4):
             served.add(replace(request(draw, 0.15), temperature=0.0), NOW + 5 + second, captured=True)
-    state = asked(state, Wish(0.0, state.onset_ms, TOKENS), "job", NOW + 20)
+    state = asked(state, Wish(0.0, state.onset_ms), "job", NOW + 20)
     found, _ = judge(state, served, (replace(score(draw, 0.15), temperature=0.0),))
     assert found.answer is Answer.NONE
     found, news = judge(state, served, (replace(score(draw, 0.6), temperature=0.0),))

@@ -27,9 +27,10 @@ from tided.model.records import (
     TapTotals,
     TargetInfo,
 )
-from tided.wire import control
+from tided.wire import control, fetch
 from tided.wire.control import (
     Command,
+    Deliver,
     MeasureProfile,
     Reply,
     SetCapture,
@@ -112,6 +113,7 @@ BODIES = {
     "capture": ("cmd-2", SetCapture(True, 134_217_728)),
     "swap": ("cmd-3", Swap(VERSION, "/srv/tided/drafts/1")),
     "profile": ("cmd-4", MeasureProfile()),
+    "deliver": ("cmd-6", Deliver(VERSION, 19_000_000)),
 }
 COMMANDS = {name: Command(id_, AT_MS, AT_MS + 30_000, body) for name, (id_, body) in BODIES.items()}
 REPLIES = {
@@ -136,12 +138,16 @@ def transaction() -> bytes:
     )
 
 
+FETCH = fetch.FetchRequest("cmd-6", VERSION, fetch.WINDOW_BYTES, fetch.WINDOW_BYTES)
+PART = (fetch.WINDOW_BYTES, bytes(range(16)))
 EXAMPLES = {
     "header": encode_header(HEADER),
     "payload": PAYLOAD,
     "transaction": transaction(),
     "info": encode(INFO),
     "observation": encode(OBSERVATION),
+    "fetch": encode(FETCH),
+    "part": fetch.part(*PART),
     **{name: control.encode_command(command) for name, command in COMMANDS.items()},
     **{name: encode(reply) for name, reply in REPLIES.items()},
 }
@@ -165,6 +171,8 @@ def test_the_pages_bytes_are_what_the_code_reads() -> None:
     assert decode(Observation, page["observation"]) == OBSERVATION
     assert {name: decode_command(page[name]) for name in COMMANDS} == COMMANDS
     assert {name: decode(Reply, page[name]) for name in REPLIES} == REPLIES
+    assert decode(fetch.FetchRequest, page["fetch"]) == FETCH
+    assert fetch.split(page["part"]) == PART
 
 
 def test_an_engine_that_tells_no_temperature_is_understood() -> None:
@@ -196,6 +204,9 @@ def test_every_kind_and_capability_is_told() -> None:
         f"TTL {agent.HEARTBEAT_TTL_S} s",
         f"MAXLEN ~{agent.OBSERVATIONS_KEPT:,}",
         f"MAXLEN ~{agent.REPLIES_KEPT:,}",
+        f"at most {fetch.WINDOW_BYTES:,} bytes",
+        f"at most {fetch.PART_BYTES:,} bytes",
+        f"list of parts of a draft | leader adds, engine takes | TTL {fetch.TTL_S} s",
     ],
 )
 def test_the_limits_are_the_codes(figure: str) -> None:

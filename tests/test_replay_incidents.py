@@ -36,6 +36,14 @@ def test_steady_traffic_is_neither() -> None:
         assert (outcome.alarms, outcome.trainings, outcome.drifted_s) == ((), (), None)
 
 
+def test_where_few_requests_come_a_fault_is_named_in_a_minute_and_before_a_training() -> None:
+    """It takes half a minute until the fall is sure; what was served since it began counts, and training waits for a hunch."""
+    outcome = play(scene(Incident.TEMPERATURE, 15))
+    assert outcome.alarmed_s is not None
+    assert outcome.alarmed_s <= SOON_S
+    assert not [at for at in outcome.trainings if at > UNKNOWABLE_S]
+
+
 def test_an_engine_that_stopped_drafting_and_cannot_be_probed_is_found_out_too() -> None:
     """Nothing but requests that are drafted for again tells it from drift."""
     given = replace(scene(Incident.TEMPERATURE, 3), probed=False, rests=True, greedy=0.0, kept=0.15)

@@ -75,6 +75,13 @@ def test_a_shard_has_the_documented_format(tmp_path: Path) -> None:
     assert (shard.rows, shard.runs, shard.engine, shard.target, shard.has_last) == (10, 1, "e1", TARGET, False)
 
 
+def test_a_shard_says_since_when_its_requests_ended(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    store.publish(store.commit({SOURCE: [run_of(store, Split.TRAIN)]}, receipt={}, age_s=2.5))
+    (shard,) = store.shards(Split.TRAIN)
+    assert shard.created_ms - shard.since_ms == 2500
+
+
 def test_everything_is_for_one_user_alone(tmp_path: Path) -> None:
     store = make(tmp_path / "state" / "samples")
     put(store, Split.TRAIN)

@@ -3,16 +3,25 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import anyio
+import anyio.to_thread
 import pytest
 
 from tests.conftest import Valkey
 from tests.control import Control, leading, settings, store_draft, variant
+from tests.dataplane import settings as tap_settings
 from tests.engine_double import EngineDouble, Swaps, describe_double, running_double
 from tests.support import eventually
+from tests.test_agent import FakeEngine
+from tided.draft import checkpoint
+from tided.engine.agent import EngineAgent
+from tided.engine.tap import Tap
 from tided.model.errors import Conflict, Refused
-from tided.model.records import Deployment, DeploymentState, Draft
+from tided.model.records import Deployment, DeploymentState, Draft, EngineInfo
 from tided.services.context import Context
+from tided.wire.control import Body, Swap
 
 pytest_plugins = ("tests.tiny_fixtures",)
 pytestmark = pytest.mark.real
@@ -90,7 +99,7 @@ async def test_a_good_swap_goes_live_and_is_read_back(scene: Scene) -> None:
     await scene.serve(0.7)
     live = await scene.ended()
     assert live.state is DeploymentState.LIVE
-    assert live.watched_requests == 6
+    assert live.watched.requests == 6
     assert scene.engine.kinds().count("Swap") == 1
     assert (await scene.control.plane.engines())[0].swaps == 1
     assert [e.kind for e in await scene.control.events("deployment-started", "draft-swapped", "draft-live")] == [
@@ -222,3 +231,47 @@ async def test_another_target_or_vocabulary_is_refused(scene: Scene) -> None:
         await scene.control.plane.deploy(scene.new.version, ENGINE, "uid:7")
     refused = await scene.control.events("audit")
     assert [event.data["result"].split(":")[0] for event in refused] == ["Refused", "Refused"]
+
+
+class Remote(FakeEngine):
+    """An engine of another host: what it is told to load it says it has loaded."""
+
+    def __init__(self, described: EngineInfo) -> None:
+        super().__init__()
+        self._described, self.version = described, described.version
+
+    def info(self) -> EngineInfo:
+        return replace(self._described, engine="e1", incarnation="i-1", version=self.version)
+
+    def apply(self, body: Body) -> dict[str, Any]:
+        return super().apply(body) | {"seconds": 0.01}
+
+
+async def test_an_engine_that_shares_no_filesystem_is_sent_the_draft_itself(
+    valkey: Valkey, tmp_path: Path, target: Path, drafts: tuple[Path, Path, Path]
+) -> None:
+    """Over Redis, into its own cache, when there is a storage; the path otherwise."""
+    config = settings(tmp_path, target, redis={"url": valkey.url}, storage={"url": f"file://{tmp_path}/storage"})
+    engine = Remote(describe_double(target, drafts[0]))
+    agent = EngineAgent(
+        valkey.url, "e1", "i-1", engine, Tap(tap_settings()), report_interval_s=0.05, drafts_dir=tmp_path / "host"
+    )
+    async with leading(valkey, config) as control, anyio.create_task_group() as group:
+        group.start_soon(control.context.courier.run)
+        _, new = (store_draft(control, directory, target) for directory in drafts[:2])
+        agent.start()
+        await eventually(control.context.engines.list)
+        await control.cycle()
+        await control.plane.deploy(new.version, "e1", "uid:7")
+
+        async def swapped() -> bool:
+            await control.cycle()
+            deployment = await control.controller.deployer.current("e1")
+            return deployment is not None and deployment.state is DeploymentState.WATCHING
+
+        await eventually(swapped)
+        await anyio.to_thread.run_sync(agent.close)
+        group.cancel_scope.cancel()
+    (swap,) = [body for body in engine.applied if isinstance(body, Swap)]
+    assert swap.path == str(tmp_path / "host" / new.version)
+    assert checkpoint.verify(Path(swap.path)) == new.version

@@ -9,7 +9,7 @@ from tided.backends.guarded import AbsentBackend
 from tided.model.records import Evaluation, Observation, StepCounts, TapTotals
 from tided.policies.speedup import Acceptance
 from tided.policies.training import AcceptanceTrend
-from tided.services.monitor import MOST_UNTOLD, SHADOW_TRIALS, EngineView, Watch
+from tided.services.monitor import MOST_UNTOLD, SHADOW_TRIALS, EngineView, Meter
 
 COUNTS = StepCounts(2, 1, 10, 0.5, (12, 8))
 REPORT = Observation("local", "local-1", 1, 0, INFO.version, 2, 0, (COUNTS,), (), TapTotals())
@@ -17,7 +17,7 @@ REPORT = Observation("local", "local-1", 1, 0, INFO.version, 2, 0, (COUNTS,), ()
 
 def view() -> EngineView:
     trend = AcceptanceTrend.start(4, 32, 0.05)
-    made = EngineView(INFO, AbsentBackend("local", ""), trend, Watch(4), 0.0)
+    made = EngineView(INFO, AbsentBackend("local", ""), trend, Meter(4), 0.0)
     made.restart(INFO.version)
     return made
 

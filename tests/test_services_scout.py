@@ -24,6 +24,7 @@ from tided.model.records import (
     JobResult,
     JobState,
     Recipe,
+    SamplingScore,
     SpeculationMode,
 )
 from tided.policies.domains import Domain, Domains
@@ -179,6 +180,54 @@ async def test_traffic_that_comes_back_gets_its_draft_back_without_a_training(sc
     claim = await scene.claimed(JobKind.TRAIN)
     assert (claim.job.spec.draft, claim.job.spec.recipe) == (scene.day.version, Recipe.REFRESH)
     assert not (await scene.collection()).drifting
+
+
+async def test_the_score_that_says_drift_has_scored_the_pool_as_well(scene: Scene) -> None:
+    """One question, one job: as soon as it is known that the traffic has moved, the head moves."""
+    await scene.engine.report(alpha=0.6, requests=60, temperature=0.0)
+    await scene.control.cycle()
+    now_ms = await scene.control.context.now_ms() + 1
+    await scene.engine.report(alpha=0.1, requests=8, temperature=0.0, at_ms=now_ms)
+    await scene.control.cycle()
+    await scene.engine.report(alpha=0.1, requests=30, temperature=0.0, at_ms=now_ms)
+    scene.samples(now_ms + 1)
+    claim = await scene.claimed()
+    assert [candidate.version for candidate in claim.job.spec.candidates] == [scene.day.version]
+    assert claim.job.spec.mix == ((0.0, 1.0),)
+    assert await scene.control.events("drift-detected") == []
+    low = SamplingScore(0.0, (50.0,) * 20, (5.0,) * 20, (0.0909,) * 4, (0.0909,) * 4)  # as it is served: 4 in 40 steps
+    serving = replace(evaluation(scene.night.version, 1.1, 20), sampling=(low,))
+    result = JobResult(version=scene.night.version, candidate=serving, scores=(evaluation(scene.day.version, 2.3, 20),))
+    await scene.control.context.jobs.finish(claim, result)
+    await scene.serves(scene.day)
+    assert await scene.jobs(JobKind.SCORE) == [JobState.SUCCEEDED]
+    assert await scene.jobs(JobKind.TRAIN) == []
+    kinds = [event.kind for event in await scene.control.events("drift-detected", "pool-scored", "pool-switched")]
+    assert kinds == ["drift-detected", "pool-scored", "pool-switched"]
+    assert (await scene.happened("pool-scored")).data["cause"] == Cause.DRIFT
+
+
+async def test_where_nobody_scores_training_does_not_wait_a_second_time(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The question why acceptance fell had no answer in its time: the pool's will have none either."""
+
+    async def late(*_: object) -> Suspicion:
+        return Suspicion(scene.engine.info.incarnation, scene.night.version, answer=Answer.LATE)
+
+    monkeypatch.setattr(scene.control.controller.faults, "reconcile", late)
+    await scene.drift()
+    claim = await scene.claimed(JobKind.TRAIN)
+    assert claim.job.spec.draft == scene.night.version
+    assert await scene.jobs(JobKind.SCORE) != [JobState.CANCELLED]
+
+
+async def test_drafts_that_no_engine_could_take_are_not_waited_for(scene: Scene) -> None:
+    scene.control.context.drafts.quarantine(scene.day.version, "worse")
+    scene.configure("pool", deadline_s=600.0)
+    await scene.drift()
+    await scene.claimed(JobKind.TRAIN)
+    assert await scene.jobs(JobKind.SCORE) == []
 
 
 async def test_what_fell_under_the_draft_before_is_no_drift_of_the_one_that_came_back(scene: Scene) -> None:
@@ -364,13 +413,6 @@ async def test_an_operator_s_word_ends_a_switch(scene: Scene) -> None:
     await scene.control.controller.heads.move(scene.digest, Head(scene.night.version, now_ms))
     await scene.control.cycle()
     assert (await scene.scouting()).stage is Stage.IDLE
-
-
-async def test_a_draft_in_quarantine_is_no_candidate(scene: Scene) -> None:
-    scene.control.context.drafts.quarantine(scene.day.version, "worse")
-    await scene.drift()
-    claim = await scene.claimed()
-    assert claim.job.spec.candidates == ()
 
 
 async def test_deployments_make_the_domains(scene: Scene) -> None:

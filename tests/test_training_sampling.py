@@ -142,6 +142,17 @@ def test_mixed_runs_are_told_apart_by_their_tokens(world: World) -> None:
     assert found[0.0].conditional == found[0.0].likeliest
 
 
+def test_greedy_requests_alone_are_scored_as_the_gate_scores_them(world: World) -> None:
+    """By their tokens; the target's head is not asked."""
+    greedy = evaluate(world.draft, world.runs[0.0], world.frozen, GAMMA, autocast=False)
+    nothing = torch.full_like(world.head, float("nan"))
+    (found,) = evaluate_sampling(
+        world.draft, world.runs[0.0], world.frozen, nothing, GAMMA, [(0.0, 1.0)], autocast=False
+    )
+    assert found.conditional == pytest.approx(greedy.conditional)
+    assert len(found.steps) == len(greedy.groups)
+
+
 def test_a_run_of_likeliest_tokens_counts_by_the_shares(world: World) -> None:
     """It may be either: where all requests are sampled it is a sampled one."""
     (run,) = world.runs[0.0][:1]

@@ -10,6 +10,7 @@ from tided.wire import keys
 def test_all_keys_of_an_engine_share_its_slot() -> None:
     names = [keys.samples("e1"), keys.credit("e1"), keys.dead("e1"), keys.ledger("e1"), keys.seen("e1", "i-1")]
     names += [keys.info("e1"), keys.commands("e1"), keys.replies("e1"), keys.observations("e1")]
+    names += [keys.fetches("e1"), keys.parts("e1", "cmd-1")]
     assert all(name.startswith("tided:{e1}:") for name in names)
     assert len(set(names)) == len(names)
 

@@ -280,10 +280,17 @@ class Producer:
 
     `begin`, `record`, `step` and `end` come from one thread, the step loop's. `on_swap` and `on_profile` are called from a thread of
     the SDK, one at a time, and may take seconds; what they raise is the answer (`Refused`, `Unavailable`), with nothing changed.
+    `drafts_dir`: where drafts are kept that tided sends over Redis; None: the stack sees tided's own under the same path.
     """
 
     def __init__(
-        self, redis_url: str, stack: Stack, *, on_swap: OnSwap | None = None, on_profile: OnProfile | None = None
+        self,
+        redis_url: str,
+        stack: Stack,
+        *,
+        on_swap: OnSwap | None = None,
+        on_profile: OnProfile | None = None,
+        drafts_dir: Path | None = None,
     ) -> None:
         """Raises `Refused` for a stack that tided would not take; Redis need not be there."""
         self.stack = stack
@@ -309,6 +316,7 @@ class Producer:
             self._engine,
             self._tap,
             report_interval_s=stack.report_interval_s,
+            drafts_dir=drafts_dir,
         )
 
     def start(self) -> None:
@@ -386,7 +394,7 @@ class Producer:
     @property
     def capabilities(self) -> tuple[Capability, ...]:
         """What follows from how the stack was described."""
-        return self._engine.capabilities
+        return self._agent.declared(self._engine.capabilities)
 
     @property
     def gammas(self) -> tuple[int, ...]:
@@ -438,6 +446,7 @@ class AsyncProducer(Producer):
         *,
         on_swap: Callable[[Path, DraftIdentity], Awaitable[Swapped]] | None = None,
         on_profile: Callable[[], Awaitable[LatencyProfile]] | None = None,
+        drafts_dir: Path | None = None,
     ) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         super().__init__(
@@ -445,6 +454,7 @@ class AsyncProducer(Producer):
             stack,
             on_swap=None if on_swap is None else self._in_loop(on_swap),
             on_profile=None if on_profile is None else self._in_loop(on_profile),
+            drafts_dir=drafts_dir,
         )
 
     async def __aenter__(self) -> Self:

@@ -143,6 +143,30 @@ class SamplesConfig(_Section):
     shard_age_s: Seconds = 10.0
 
 
+class StorageConfig(_Section):
+    """Where tided and its workers hand samples, drafts and reference states over to each other.
+
+    `url` empty: nothing is handed over; workers and engines see `daemon.state_dir` under the same path. `options` go to the filesystem of
+    the URL's scheme. `cache_bytes` bounds what a worker, and tided for itself, keeps of it on the own disk.
+    """
+
+    url: SecretStr = SecretStr("")
+    options: dict[str, Any] = {}
+    cache_bytes: Bytes = 8 * 1024 * 1024 * 1024
+
+    @property
+    def is_shared(self) -> bool:
+        return bool(self.url.get_secret_value())
+
+    @model_validator(mode="after")
+    def _check_url(self) -> Self:
+        if self.is_shared and "://" not in self.url.get_secret_value():
+            raise ValueError(
+                "url must be one that fsspec knows, such as file:///mnt/tided or s3://bucket/tided, or empty"
+            )
+        return self
+
+
 class SpeculationConfig(_Section):
     """How many tokens are drafted. Speculation is chosen where predicted speedup > 1 + `margin`.
 
@@ -233,9 +257,14 @@ class GateConfig(_Section):
 
 
 class DeploymentConfig(_Section):
+    """How a new version is watched: for `watch_requests`, or `watch_s` at most. On the one engine that gets it before the others do, for
+    `canary_requests` and `canary_s` if these are more."""
+
     swap_deadline_s: Seconds = 30.0
     watch_requests: Count = 20
     watch_s: Seconds = 120.0
+    canary_requests: Count = 60
+    canary_s: Seconds = 300.0
     rollback_margin: Annotated[float, Field(gt=0, lt=1)] = 0.10
 
 
@@ -278,6 +307,7 @@ class Config(_Section):
     capture: CaptureConfig = CaptureConfig()
     self_test: SelfTestConfig = SelfTestConfig()
     samples: SamplesConfig = SamplesConfig()
+    storage: StorageConfig = StorageConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     training: TrainingConfig = TrainingConfig()
     pool: PoolConfig = PoolConfig()
@@ -336,6 +366,11 @@ class Config(_Section):
     @property
     def drafts_dir(self) -> Path:
         return self.daemon.state_dir / "drafts"
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where tided keeps what workers put into the shared storage, until it has taken it."""
+        return self.daemon.state_dir / "cache"
 
     @property
     def references_dir(self) -> Path:

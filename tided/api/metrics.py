@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 from tided.api.plane import Plane
 from tided.model.errors import Unavailable
-from tided.model.records import VerificationState
+from tided.model.records import Canary, CanaryState, VerificationState
 from tided.model.status import EngineStatus, PoolStatus, Status
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -51,6 +51,7 @@ class _Snapshot(Collector):
             jobs.add_metric(key, count)
         yield jobs
         yield from _pools(status.pools)
+        yield _canaries(status.canaries)
         yield from _engines(status.engines)
 
 
@@ -68,6 +69,19 @@ def _pools(pools: tuple[PoolStatus, ...]) -> Iterator[Metric]:
         for domain in pool.domains:
             reserve.add_metric((pool.target, str(domain.number)), domain.reserve_rows)
     yield from (domains, present, reserve)
+
+
+def _canaries(canaries: tuple[Canary, ...]) -> Metric:
+    info = GaugeMetricFamily(
+        "tided_canary_info",
+        "1 for the state of a target's newest canary.",
+        labels=("target", "engine", "version", "state"),
+    )
+    for canary in canaries:
+        for state in CanaryState:
+            labels = (canary.target, canary.engine, canary.version[:12], state.value)
+            info.add_metric(labels, float(canary.state is state))
+    return info
 
 
 def _engines(engines: tuple[EngineStatus, ...]) -> Iterator[Metric]:

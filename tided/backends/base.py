@@ -55,6 +55,10 @@ class Backend(ABC):
         is: it resumes by itself. The outcome comes from `swap_outcome`, the proof from the next heartbeat.
         """
 
+    async def send_draft(self, version: str, size: int, epoch: int, ttl_s: float) -> str:
+        """As `send_swap`, of an engine that declares `fetch`: it fetches the draft, `size` bytes (tided.wire.fetch), and then swaps."""
+        raise Refused(f"engine {self.engine}: its adapter sends no drafts, only the paths of drafts")
+
     @abstractmethod
     async def swap_outcome(self, version: str, command: str) -> SwapDone | None:
         """What the engine answered to a swap; None while it has not. Runs in every cycle of a swap, never waits.

@@ -48,6 +48,13 @@ class GuardedBackend(Backend):
             case answer:
                 raise self._wrong("send_swap", answer)
 
+    async def send_draft(self, version: str, size: int, epoch: int, ttl_s: float) -> str:
+        match await self._ask("send_draft", lambda: self._inner.send_draft(version, size, epoch, ttl_s), ASK_S):
+            case str() as command:
+                return command
+            case answer:
+                raise self._wrong("send_draft", answer)
+
     async def swap_outcome(self, version: str, command: str) -> SwapDone | None:
         match await self._ask("swap_outcome", lambda: self._inner.swap_outcome(version, command), LOOK_S):
             case (SwapDone() | None) as outcome:
@@ -96,6 +103,9 @@ class AbsentBackend(Backend):
         raise Refused(self.why)
 
     async def send_swap(self, version: str, path: Path, epoch: int, ttl_s: float) -> str:
+        raise Refused(self.why)
+
+    async def send_draft(self, version: str, size: int, epoch: int, ttl_s: float) -> str:
         raise Refused(self.why)
 
     async def swap_outcome(self, version: str, command: str) -> SwapDone | None:

@@ -8,7 +8,7 @@ from tided.model.codec import from_plain
 from tided.model.errors import Conflict, Refused, Superseded
 from tided.model.records import EngineInfo, LatencyProfile, Observation
 from tided.store.engines import EngineStore
-from tided.wire.control import Body, MeasureProfile, Reply, SetCapture, SetSchedule, Swap
+from tided.wire.control import Body, Deliver, MeasureProfile, Reply, SetCapture, SetSchedule, Swap
 
 QUICK_S = 2.0
 _PAGE = 200
@@ -36,6 +36,9 @@ class RedisBackend(Backend):
 
     async def send_swap(self, version: str, path: Path, epoch: int, ttl_s: float) -> str:
         return (await self._store.send(self.engine, Swap(version, str(path)), epoch, ttl_s)).id
+
+    async def send_draft(self, version: str, size: int, epoch: int, ttl_s: float) -> str:
+        return (await self._store.send(self.engine, Deliver(version, size), epoch, ttl_s)).id
 
     async def swap_outcome(self, version: str, command: str) -> SwapDone | None:
         reply = await self._reply(command)

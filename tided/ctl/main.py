@@ -193,6 +193,11 @@ def plan(
     training: Annotated[
         float, typer.Option(min=0, help="The least training rate that keeps up with the traffic.")
     ] = 0.0,
+    collect: Annotated[float, typer.Option(min=0, help="Seconds of collecting before the first training.")] = 0.0,
+    work: Annotated[
+        float, typer.Option(min=0, help="Of the first training: tokens, where TRAINING is tokens a second.")
+    ] = 0.0,
+    over: Annotated[float | None, typer.Option(help="Seconds from the start that count; else for ever.")] = None,
     as_json: Json = False,
 ) -> None:
     """Which devices should serve, which should train, and whether training pays. Needs no running tided."""
@@ -200,7 +205,7 @@ def plan(
     from tided.ctl import render
     from tided.model.codec import to_plain
 
-    found = offline.made(devices, speedup, spread, training)
+    found = offline.made(devices, speedup, spread, training, collect, work, over)
     render.plain(to_plain(found)) if as_json else offline.show(found)
 
 
@@ -251,14 +256,13 @@ def drafts_export(
 def drafts_list(context: typer.Context, as_json: Json = False) -> None:
     """All stored versions."""
     from tided.model.records import Draft
-    from tided.model.status import EngineStatus
 
     render, answer = _get(context, "/v1/drafts")
     if as_json:
         render.plain(answer)
     else:
-        served = [engine.info for engine in _records(EngineStatus, _client(context).get("/v1/engines"))]
-        render.drafts(_records(Draft, answer), served)
+        snapshot = _client(context).status()
+        render.drafts(_records(Draft, answer), [engine.info for engine in snapshot.engines], snapshot.canaries)
 
 
 @drafts.command("show")

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tided.model.errors import Refused
-from tided.policies.planner import PAPER, Device, Plan, Speedup, plan
+from tided.policies.planner import PAPER, Device, Plan, Speedup, WarmUp, plan
 
 FORM = "KIND=COUNT, or KIND=COUNT:INFERENCE:TRAINING with rates of your own"
 
@@ -32,10 +32,22 @@ def parsed(text: str) -> Device:
     return replace(known, count=int(count))
 
 
-def made(devices: Sequence[str], speedup: float, spread: float, training_needed: float) -> Plan:
+def made(
+    devices: Sequence[str],
+    speedup: float,
+    spread: float,
+    training_needed: float,
+    collect_s: float,
+    work: float,
+    horizon_s: float | None,
+) -> Plan:
     """The plan for `devices`; the speedup may be `spread` lower or higher."""
     return plan(
-        [parsed(text) for text in devices], Speedup(speedup - spread, speedup, speedup + spread), training_needed
+        [parsed(text) for text in devices],
+        Speedup(speedup - spread, speedup, speedup + spread),
+        training_needed,
+        warm_up=WarmUp(collect_s, work),
+        horizon_s=horizon_s,
     )
 
 
@@ -51,4 +63,10 @@ def show(found: Plan) -> None:
     console.print(table)
     low, middle, high = found.best.gain
     console.print(Text(f"throughput over all devices serving: {middle:.2f}x ({low:.2f}x to {high:.2f}x)"))
+    if found.best.warm_up_s:
+        hour, day, week = (outlook.gain for outlook in found.outlook)
+        pays = found.best.pays_after_s
+        earned = "its cost is never earned back" if pays is None else f"what it cost is earned back after {pays:,.0f} s"
+        console.print(Text(f"first adapted draft after {found.best.warm_up_s:,.0f} s; {earned}"))
+        console.print(Text(f"expected over an hour {hour:.2f}x, a day {day:.2f}x, a week {week:.2f}x"))
     console.print(Text(found.reason, style="bold"))

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tided.ctl import words
-from tided.model.records import Deployment, Draft, EngineInfo, Event, Job, JobState, WorkerInfo
+from tided.model.records import Canary, Deployment, Draft, EngineInfo, Event, Job, JobState, WorkerInfo
 from tided.model.status import EngineStatus, Explanation, PoolStatus, Status
 
 LABEL_WIDTH = 11
@@ -48,6 +48,9 @@ def status(snapshot: Status) -> None:
         _line(console, "worker", "none is connected: nothing can be trained")
     for job in snapshot.active_jobs:
         _line(console, "job", f"{job.spec.kind} {job.id}: {words.job_progress(job)}")
+    for canary in snapshot.canaries:
+        if not canary.state.final:
+            _line(console, "canary", words.canary(canary))
     for text in snapshot.problems:
         _line(console, "PROBLEM", text, "bold red")
 
@@ -64,7 +67,7 @@ def _engine(console: Console, engine: EngineStatus) -> None:
     accepted = f"acceptance length {words.number(engine.accept_length)}, alpha {words.number(engine.speculation.alpha)}"
     _line(console, "  draft", f"{engine.draft or 'none'} ({words.short(info.version)}), {accepted}")
     if engine.deployment is not None and not engine.deployment.state.final:
-        _line(console, "  swap", f"{engine.deployment.state} {words.short(engine.deployment.version)}")
+        _line(console, "  swap", words.deployment(engine.deployment))
     if engine.verification is not None:
         _line(console, "  tested", words.verification(engine.verification))
     _line(console, "  training", words.training(engine.training))
@@ -94,17 +97,20 @@ def engines(items: Sequence[EngineStatus]) -> None:
     _show(table, items, "no engine is connected")
 
 
-def drafts(items: Sequence[Draft], served: Sequence[EngineInfo]) -> None:
-    """Newest last. `served` marks what engines serve now."""
+def drafts(items: Sequence[Draft], served: Sequence[EngineInfo], canaries: Sequence[Canary] = ()) -> None:
+    """Newest last. `served` marks what engines serve now, `canaries` what has to prove itself."""
     table = _table("DRAFT", "VERSION", "ORIGIN", ">LENGTH", ">SIZE", ">AGE", "STATE")
     by_version: dict[str, list[str]] = {}
     for info in served:
         by_version.setdefault(info.version, []).append(info.engine)
+    on_trial = {canary.version: canary.engine for canary in canaries if canary.engine and not canary.state.final}
     for item in sorted(items, key=lambda draft: (draft.created_ms, draft.number)):
         length = words.number(item.evaluation.length if item.evaluation else None)
         state = f"quarantined: {item.quarantined}" if item.quarantined else ""
         if item.version in by_version:
             state = "served by " + ", ".join(by_version[item.version])
+        if item.version in on_trial:
+            state = f"canary on {on_trial[item.version]}"
         name = f"{item.lineage}@{item.number}"
         table.add_row(
             name, words.short(item.version), item.origin, length, words.size(item.bytes), _age(item.created_ms), state

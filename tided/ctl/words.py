@@ -3,7 +3,18 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from tided.model.records import Job, JobState, Needs, PolicySetting, Progress, SpeculationMode, Verification, WorkerInfo
+from tided.model.records import (
+    Canary,
+    Deployment,
+    Job,
+    JobState,
+    Needs,
+    PolicySetting,
+    Progress,
+    SpeculationMode,
+    Verification,
+    WorkerInfo,
+)
 from tided.model.status import EngineStatus, SampleTotals, Status, TrainingStatus
 
 
@@ -76,6 +87,25 @@ def speculation(engine: EngineStatus) -> str:
 def verification(item: Verification) -> str:
     """ "verified: what it taps is what the reference says"."""
     return f"{item.state}: {item.reason}" if item.reason else item.state.value
+
+
+def deployment(item: Deployment) -> str:
+    """ "watching b2b2b2b2b2b2, 12 requests so far: acceptance length 2.21, 1.98 before"."""
+    text = f"{item.state} {short(item.version)}" + (", other engines wait for it" if item.trial else "")
+    if not item.watched.requests:
+        return text
+    before = f", {number(item.baseline_length)} before" if item.baseline_length else ""
+    return (
+        f"{text}, {count(round(item.watched.requests), 'request')} so far: "
+        f"acceptance length {number(item.watched.length)}{before}"
+    )
+
+
+def canary(item: Canary) -> str:
+    """ "smollm2: b2b2b2b2b2b2 is watched on a; the others wait"."""
+    where = f"is watched on {item.engine}" if item.engine else "waits for an engine"
+    lost = f", {' and '.join(item.tried)} said nothing about it" if item.tried else ""
+    return f"{item.target}: {short(item.version)} {where}" + ("" if item.alone else "; the others wait") + lost
 
 
 def training(status: TrainingStatus) -> str:

@@ -15,7 +15,7 @@ from tided.model.errors import Refused, Unavailable
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-_MAX_CONFIG_BYTES = 64 << 10
+MAX_CONFIG_BYTES = 64 << 10
 _MAX_HEADER_BYTES = 64 << 10
 _BLOCK_BYTES = 1 << 20
 
@@ -30,9 +30,9 @@ class DraftIdentity:
 
 def version_of(directory: Path) -> str:
     """SHA-256 over config.json (after its length, 8 bytes little-endian) and model.safetensors; nothing else is checked."""
-    config = _read(directory / CONFIG_FILE, _MAX_CONFIG_BYTES)
+    config = read_small(directory / CONFIG_FILE, MAX_CONFIG_BYTES)
     digest = hashlib.sha256(len(config).to_bytes(8, "little") + config)
-    with _open(directory / WEIGHTS_FILE) as file:
+    with open_file(directory / WEIGHTS_FILE) as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
@@ -44,12 +44,12 @@ def identify(directory: Path) -> DraftIdentity:
     Tensors are hashed, not checked: an engine that loads them checks them. The map's digest is SHA-256 over the target's vocabulary
     size (8 bytes little-endian) and the bytes of `d2t`.
     """
-    config = _read(directory / CONFIG_FILE, _MAX_CONFIG_BYTES)
+    config = read_small(directory / CONFIG_FILE, MAX_CONFIG_BYTES)
     vocab = _table(config, str(directory / CONFIG_FILE)).get("vocab_size")
     if type(vocab) is not int or not 0 < vocab < 2**31:
         raise Refused(f"{directory / CONFIG_FILE}: vocab_size is not a number of tokens")
     path = directory / WEIGHTS_FILE
-    with _open(path) as file:
+    with open_file(path) as file:
         vocabulary = hashlib.sha256(vocab.to_bytes(8, "little") + _d2t(file, path))
     return DraftIdentity(version_of(directory), vocabulary.hexdigest())
 
@@ -82,8 +82,8 @@ def _table(raw: bytes, where: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _open(path: Path) -> Generator[BinaryIO]:
-    """The file; its errors, also while it is read, become ours."""
+def open_file(path: Path) -> Generator[BinaryIO]:
+    """A file of a checkpoint; its errors, also while it is read, become ours."""
     try:
         with path.open("rb") as file:
             yield file
@@ -93,8 +93,9 @@ def _open(path: Path) -> Generator[BinaryIO]:
         raise Unavailable(f"{path}: cannot be read ({exc.strerror})") from exc
 
 
-def _read(path: Path, max_bytes: int) -> bytes:
-    with _open(path) as file:
+def read_small(path: Path, max_bytes: int) -> bytes:
+    """A file that is read whole, under a cap. Raises `Refused`, `Unavailable`."""
+    with open_file(path) as file:
         raw = file.read(max_bytes + 1)
     if len(raw) > max_bytes:
         raise Refused(f"{path}: larger than the {max_bytes} bytes that it may have")

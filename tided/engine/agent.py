@@ -1,7 +1,8 @@
-"""The agent: what makes an engine reachable for tided. Two threads beside the engine, which they never disturb.
+"""The agent: what makes an engine reachable for tided. Threads beside the engine, which they never disturb.
 
-One thread writes the heartbeat and the observations and reads commands; the other applies them, one at a time, so that a swap
-of seconds does not silence the heartbeat. When Redis is gone the engine serves on with what it has; the agent comes back by
+One thread writes the heartbeat and the observations and reads commands; another applies them, one at a time, so that a swap
+of seconds does not silence the heartbeat; a third fetches drafts that tided sends over Redis, so that no schedule has to wait for
+them. When Redis is gone the engine serves on with what it has; the agent comes back by
 itself. Every failure is counted; the first of a row is logged.
 """
 
@@ -12,15 +13,17 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from redis.exceptions import RedisError
 
+from tided.engine.fetch import Fetcher
 from tided.engine.link import Backoff, connect
 from tided.model.errors import Refused, TideError
-from tided.model.records import EngineInfo, Observation, RequestStats, StepCounts, TapTotals
+from tided.model.records import Capability, EngineInfo, Observation, RequestStats, StepCounts, TapTotals
 from tided.wire import keys
-from tided.wire.control import Body, Command, Reply, SetCapture, decode_command, encode
+from tided.wire.control import Body, Command, Deliver, Reply, SetCapture, Swap, decode_command, encode
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +75,19 @@ class TapControl(Protocol):
     def totals(self) -> TapTotals: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A command to apply. Of a `deliver`: where the draft is, or why it is not here."""
+
+    command: Command
+    fetched: Path | TideError | None = None
+
+
 class EngineAgent:
-    """Connects one engine incarnation to tided. `start()` returns at once, whether or not Redis is there."""
+    """Connects one engine incarnation to tided. `start()` returns at once, whether or not Redis is there.
+
+    `drafts_dir`: where drafts are kept that are sent over Redis; None: the engine takes them from a filesystem that it shares with tided.
+    """
 
     def __init__(
         self,
@@ -84,6 +98,7 @@ class EngineAgent:
         tap: TapControl,
         *,
         report_interval_s: float = 0.5,
+        drafts_dir: Path | None = None,
     ) -> None:
         self.errors = 0
         self._engine, self._incarnation = engine, incarnation
@@ -94,7 +109,10 @@ class EngineAgent:
         self._epoch = 0
         self._cursor: str | None = None
         self._done: OrderedDict[str, Reply | None] = OrderedDict()  # None: being applied
-        self._queue: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._fetcher = Fetcher(self._client, engine, drafts_dir) if drafts_dir is not None else None
+        self._fetches: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._newest_swap = ""
         self._report_seq = 0
         self._report_due_s = 0.0
         self._reported = (TapTotals(), 0, 0, "")
@@ -105,11 +123,20 @@ class EngineAgent:
             threading.Thread(target=self._guard, args=(self._talk,), name="tided-agent", daemon=True),
             threading.Thread(target=self._guard, args=(self._work,), name="tided-agent-apply", daemon=True),
         ]
+        if self._fetcher is not None:
+            self._threads.append(
+                threading.Thread(target=self._guard, args=(self._fetch,), name="tided-agent-fetch", daemon=True)
+            )
 
     @property
     def epoch(self) -> int:
         """The highest leader's epoch seen."""
         return self._epoch
+
+    def declared(self, capabilities: tuple[Capability, ...]) -> tuple[Capability, ...]:
+        """What the engine can do, and what the agent can do for it."""
+        fetches = self._fetcher is not None and Capability.SWAP in capabilities
+        return (*capabilities, Capability.FETCH) if fetches else capabilities
 
     def start(self) -> None:
         for thread in self._threads:
@@ -119,6 +146,7 @@ class EngineAgent:
         """Stop: send what was counted last, and take the heartbeat away so that tided need not wait for its TTL."""
         self._stopping.set()
         self._queue.put(None)
+        self._fetches.put(None)
         end = time.monotonic() + deadline_s
         for thread in self._threads:
             thread.join(max(end - time.monotonic(), 0.0))
@@ -171,6 +199,7 @@ class EngineAgent:
     def _heartbeat(self) -> None:
         with self._heartbeat_lock:  # or an older state could be written over a newer one
             info = dataclasses.replace(self._control.info(), epoch=self._epoch, capturing=self._tap.capturing)
+            info = dataclasses.replace(info, capabilities=self.declared(info.capabilities))
             self._client.set(keys.info(self._engine), encode(info), ex=HEARTBEAT_TTL_S)
 
     def _report(self) -> None:
@@ -209,16 +238,40 @@ class EngineAgent:
             for entry, fields in entries:
                 self._cursor = entry.decode()
                 try:
-                    self._queue.put(decode_command(fields.get(b"m", b"")))
+                    self._take(decode_command(fields.get(b"m", b"")))
                 except Refused as exc:
                     self._count(exc)
+
+    def _take(self, command: Command) -> None:
+        if isinstance(command.body, Swap | Deliver):
+            self._newest_swap = command.id
+        if isinstance(command.body, Deliver) and self._fetcher is not None:
+            self._fetches.put(command)
+        else:
+            self._queue.put(_Work(command))
+
+    # --- fetching drafts ---
+
+    def _fetch(self) -> None:
+        """Bring a draft here, for a command that is applied thereafter, in its turn."""
+        command = self._fetches.get()
+        if command is None or self._fetcher is None or not isinstance(command.body, Deliver):
+            return
+        try:
+            self._check_epoch(command)
+            wanted = lambda: self._newest_swap == command.id and not self._stopping.is_set()  # noqa: E731
+            found: Path | TideError = self._fetcher.fetch(command, command.body, self._left_s(command), wanted)
+        except TideError as exc:
+            found = exc
+        self._queue.put(_Work(command, found))
 
     # --- applying commands ---
 
     def _work(self) -> None:
-        command = self._queue.get()
-        if command is None:
+        work = self._queue.get()
+        if work is None:
             return
+        command = work.command
         if command.id in self._done:
             earlier = self._done[command.id]
             if earlier is not None:
@@ -227,7 +280,7 @@ class EngineAgent:
         self._done[command.id] = None
         if len(self._done) > _COMMANDS_REMEMBERED:
             self._done.popitem(last=False)
-        ok, error, data = self._attempt(command)
+        ok, error, data = self._attempt(work)
         reply = Reply(command.id, self._epoch, ok, error, data)
         self._done[command.id] = reply
         try:
@@ -236,22 +289,38 @@ class EngineAgent:
         finally:
             self._reply(reply)
 
-    def _attempt(self, command: Command) -> tuple[bool, str, dict[str, Any]]:
+    def _attempt(self, work: _Work) -> tuple[bool, str, dict[str, Any]]:
+        command = work.command
         try:
-            if command.epoch < self._epoch:
-                raise Refused(f"epoch {command.epoch} is over: this engine has seen epoch {self._epoch}")
+            self._check_epoch(command)
             self._epoch = command.epoch
-            if self._time_ms() > command.expires_ms:
-                raise Refused("the command expired before it was read")
-            if isinstance(command.body, SetCapture):
-                self._tap.set_capture(command.body.on, command.body.credit_bytes)
-                return True, "", {}
-            return True, "", self._control.apply(command.body)
+            if isinstance(work.fetched, TideError):
+                raise work.fetched
+            self._left_s(command)
+            match command.body:
+                case SetCapture(on, credit_bytes):
+                    self._tap.set_capture(on, credit_bytes)
+                    return True, "", {}
+                case Deliver(version):
+                    return True, "", self._control.apply(Swap(version, str(_found(work))))
+                case body:
+                    return True, "", self._control.apply(body)
         except TideError as exc:
             return False, str(exc), {}
         except Exception as exc:  # noqa: BLE001 - an engine's fault in a command is the command's answer, not the agent's end
             self._count(exc)
             return False, f"the engine failed: {type(exc).__name__}", {}
+
+    def _check_epoch(self, command: Command) -> None:
+        if command.epoch < self._epoch:
+            raise Refused(f"epoch {command.epoch} is over: this engine has seen epoch {self._epoch}")
+
+    def _left_s(self, command: Command) -> float:
+        """How long the command may still be obeyed."""
+        left_ms = command.expires_ms - self._time_ms()
+        if left_ms < 0:
+            raise Refused("the command expired before it was read")
+        return left_ms / 1000
 
     def _reply(self, reply: Reply) -> None:
         self._append(keys.replies(self._engine), encode(reply), REPLIES_KEPT)
@@ -265,3 +334,9 @@ class EngineAgent:
         pipeline.xadd(stream, {"m": message}, maxlen=kept, approximate=True)
         pipeline.expire(stream, STREAM_TTL_S)
         pipeline.execute()
+
+
+def _found(work: _Work) -> Path:
+    if not isinstance(work.fetched, Path):
+        raise Refused("this engine fetches no drafts: it takes them from a filesystem that it shares with tided")
+    return work.fetched

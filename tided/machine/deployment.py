@@ -10,22 +10,35 @@ the middle, or a lost reply, changes nothing. The machine keeps no time: events 
 
 from dataclasses import dataclass, replace
 
+from tided.machine import watch
+from tided.machine.watch import Judgement, Verdict
 from tided.model.errors import InvariantBroken
-from tided.model.records import Deployment, DeploymentState
+from tided.model.records import Deployment, DeploymentState, ServedSums
 
 _S = DeploymentState
 
 
 @dataclass(frozen=True, slots=True)
 class WatchRules:
-    """After `watch_requests` with the new version its acceptance length is compared with the incumbent's on the same engine: worse
-    by more than the share `rollback_margin` restores the incumbent and quarantines the new version. `watch_ms` ends the watch.
+    """From `watch_requests` with the new version on its acceptance length is held against what the incumbent's would be
+    (`tided.machine.watch`): surely worse by more than the share `rollback_margin` restores the incumbent and quarantines the new version;
+    surely not ends the watch. `watch_ms` ends it in any case. A trial, for which other engines wait, goes on for `canary_requests`, and
+    `canary_ms` at most.
     """
 
     swap_deadline_ms: int = 30_000
     watch_ms: int = 120_000
     watch_requests: int = 20
+    canary_ms: int = 300_000
+    canary_requests: int = 60
     rollback_margin: float = 0.10
+
+    def enough(self, deployment: Deployment) -> int:
+        """Requests that a good version's watch lasts."""
+        return max(self.watch_requests, self.canary_requests if deployment.trial else 0)
+
+    def longest_ms(self, deployment: Deployment) -> int:
+        return max(self.watch_ms, self.canary_ms if deployment.trial else 0)
 
 
 DEFAULT_RULES = WatchRules()
@@ -69,13 +82,20 @@ class VersionSeen:
 
 @dataclass(frozen=True, slots=True)
 class RequestsServed:
-    """Finished requests that drafted, all with `version`: `steps` request-steps in which `accepted` drafted tokens were accepted."""
+    """Finished requests that drafted, all with `version`."""
 
     now_ms: int
     version: str
-    requests: int
-    steps: int
-    accepted: int
+    served: ServedSums
+
+
+@dataclass(frozen=True, slots=True)
+class PeerServed:
+    """What another engine served meanwhile, with the version that it served when the watch was planned."""
+
+    now_ms: int
+    engine: str
+    served: ServedSums
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +112,9 @@ class TimePassed:
     now_ms: int
 
 
-DeploymentEvent = Started | SwapSent | SwapFailed | VersionSeen | RequestsServed | RollbackRequested | TimePassed
+DeploymentEvent = (
+    Started | SwapSent | SwapFailed | VersionSeen | RequestsServed | PeerServed | RollbackRequested | TimePassed
+)
 
 # --- actions ---
 
@@ -123,9 +145,15 @@ DeploymentAction = SendSwap | Quarantine | Announce
 Step = tuple[Deployment, tuple[DeploymentAction, ...]]
 
 
-def watched_length(deployment: Deployment) -> float:
-    """Mean acceptance length (bonus token included) since the swap; 0.0 before the first step."""
-    return 1.0 + deployment.watched_accepted / deployment.watched_steps if deployment.watched_steps else 0.0
+def judged(deployment: Deployment, rules: WatchRules = DEFAULT_RULES) -> Judgement:
+    """What the watch says so far."""
+    return watch.judge(
+        deployment.watched,
+        deployment.baseline_length,
+        deployment.baseline_error,
+        deployment.peers,
+        rules.rollback_margin,
+    )
 
 
 def step(deployment: Deployment, event: DeploymentEvent, rules: WatchRules = DEFAULT_RULES) -> Step:
@@ -141,14 +169,15 @@ def validate_state(deployment: Deployment) -> None:
     in_flight = deployment.state in (_S.SWAPPING, _S.RESTORING)
     wrong = (
         ((in_flight or deployment.state is _S.WATCHING) and deployment.deadline_ms <= 0, "no deadline"),
-        (deployment.state in (_S.PENDING, _S.SWAPPING) and deployment.watched_requests > 0, "watched before the swap"),
+        (deployment.state in (_S.PENDING, _S.SWAPPING) and deployment.watched.requests > 0, "watched before the swap"),
         (
             deployment.state in (_S.RESTORING, _S.ROLLED_BACK, _S.FAILED) and not deployment.error,
             "ends badly without saying why",
         ),
         (deployment.state is _S.LIVE and bool(deployment.error), "live with an error"),
         (bool(deployment.command) and not in_flight, "a command in flight outside a swap"),
-        (deployment.watched_accepted < 0 or deployment.watched_steps < 0, "negative counts"),
+        (deployment.watched.accepted < 0 or deployment.watched.steps < 0, "negative counts"),
+        (deployment.withdrawn and not deployment.error, "withdrawn without saying why"),
     )
     for broken, what in wrong:
         if broken:
@@ -175,8 +204,9 @@ def _pending(deployment: Deployment, event: DeploymentEvent, rules: WatchRules) 
             deadline_ms = now_ms + rules.swap_deadline_ms
             swapping = replace(deployment, state=_S.SWAPPING, deadline_ms=deadline_ms)
             return swapping, (SendSwap(deployment.version, deadline_ms),)
-        case RollbackRequested(_, reason):
-            return _ended(deployment, _S.FAILED, f"withdrawn before the swap: {reason}")
+        case RollbackRequested(_, reason, quarantine):
+            state, actions = _ended(deployment, _S.FAILED, f"withdrawn before the swap: {reason}")
+            return state, (*_blame(deployment, reason, quarantine=quarantine), *actions)
         case _:
             return deployment, ()
 
@@ -187,7 +217,11 @@ def _swapping(deployment: Deployment, event: DeploymentEvent, rules: WatchRules)
             return replace(deployment, command=command), ()
         case VersionSeen(now_ms, version, swap_s) if version == deployment.version:
             watching = replace(
-                deployment, state=_S.WATCHING, command="", deadline_ms=now_ms + rules.watch_ms, swap_s=swap_s
+                deployment,
+                state=_S.WATCHING,
+                command="",
+                deadline_ms=now_ms + rules.longest_ms(deployment),
+                swap_s=swap_s,
             )
             return watching, (Announce("draft-swapped", f"{deployment.engine} serves {version[:12]}"),)
         case SwapFailed(now_ms, command, error) if command == deployment.command:
@@ -202,22 +236,24 @@ def _swapping(deployment: Deployment, event: DeploymentEvent, rules: WatchRules)
 
 def _watching(deployment: Deployment, event: DeploymentEvent, rules: WatchRules) -> Step:
     match event:
-        case RequestsServed(now_ms, version, requests, steps, accepted) if version == deployment.version:
-            watched = replace(
-                deployment,
-                watched_requests=deployment.watched_requests + requests,
-                watched_steps=deployment.watched_steps + steps,
-                watched_accepted=deployment.watched_accepted + accepted,
+        case RequestsServed(now_ms, version, served) if version == deployment.version:
+            watched = replace(deployment, watched=deployment.watched.plus(served))
+            return _judge(watched, now_ms, rules)
+        case PeerServed(now_ms, engine, served):
+            peers = tuple(
+                replace(peer, served=peer.served.plus(served)) if peer.engine == engine else peer
+                for peer in deployment.peers
             )
-            return _judge(watched, now_ms, rules) if watched.watched_requests >= rules.watch_requests else (watched, ())
+            return replace(deployment, peers=peers), ()
         case VersionSeen(now_ms, version) if version != deployment.version:
-            return _restore(deployment, now_ms, f"the engine serves {version[:12] or 'no draft'} instead", rules)
+            why = f"the engine serves {version[:12] or 'no draft'} instead"
+            return _restore(deployment, now_ms, why, rules, withdrawn=True)
         case SwapFailed() | VersionSeen() | Started() | SwapSent() | RequestsServed():
             return deployment, ()
         case RollbackRequested(now_ms, reason, quarantine):
             return _restore(deployment, now_ms, reason, rules, quarantine=quarantine)
         case TimePassed(now_ms):
-            return _judge(deployment, now_ms, rules) if now_ms >= deployment.deadline_ms else (deployment, ())
+            return _watch_over(deployment, now_ms, rules) if now_ms >= deployment.deadline_ms else (deployment, ())
 
 
 def _restoring(deployment: Deployment, event: DeploymentEvent) -> Step:
@@ -237,17 +273,51 @@ def _restoring(deployment: Deployment, event: DeploymentEvent) -> Step:
 
 
 def _judge(deployment: Deployment, now_ms: int, rules: WatchRules) -> Step:
-    """The watch is over. Without evidence against it the version stays: the gate has already found it better."""
-    length, floor = watched_length(deployment), deployment.baseline_length * (1.0 - rules.rollback_margin)
-    if deployment.watched_steps and length < floor:
-        reason = f"acceptance length {length:.2f} over {deployment.watched_requests} requests"
-        reason += f", the incumbent had {deployment.baseline_length:.2f}"
-        return _restore(deployment, now_ms, reason, rules, quarantine=not deployment.proven)
-    return _ended(deployment, _S.LIVE, "")
+    """End the watch once enough was seen to be sure."""
+    found, requests = judged(deployment, rules), deployment.watched.requests
+    if found.verdict is Verdict.WORSE and requests >= rules.watch_requests:
+        return _worse(deployment, found, now_ms, rules)
+    if found.verdict is Verdict.FINE and requests >= rules.enough(deployment):
+        return _ended(deployment, _S.LIVE, "")
+    return deployment, ()
 
 
-def _restore(deployment: Deployment, now_ms: int, reason: str, rules: WatchRules, *, quarantine: bool = False) -> Step:
-    blame = (Quarantine(deployment.version, reason),) if quarantine else ()
+def _watch_over(deployment: Deployment, now_ms: int, rules: WatchRules) -> Step:
+    """Time is up. Without evidence against it the version stays: the gate has already found it better.
+
+    But a trial on an engine that has hardly any requests, where others have them, is none.
+    """
+    elsewhere = sum(peer.served.requests for peer in deployment.peers)
+    if deployment.trial and deployment.watched.requests < rules.watch_requests <= elsewhere:
+        why = f"it finished {deployment.watched.requests:.0f} requests, the other engines {elsewhere:.0f}"
+        return _restore(deployment, now_ms, why, rules, withdrawn=True)
+    found = judged(deployment, rules)
+    return _worse(deployment, found, now_ms, rules) if found.below else _ended(deployment, _S.LIVE, "")
+
+
+def _worse(deployment: Deployment, found: Judgement, now_ms: int, rules: WatchRules) -> Step:
+    reason = f"acceptance length {found.length:.2f} over {deployment.watched.requests:.0f} requests"
+    reason += f", the incumbent had {deployment.baseline_length:.2f}"
+    if found.moved < 1.0:
+        reason += f" and would have {found.expected:.2f} now, by the other engines"
+    return _restore(deployment, now_ms, reason, rules, quarantine=not deployment.proven)
+
+
+def _blame(deployment: Deployment, reason: str, *, quarantine: bool) -> tuple[DeploymentAction, ...]:
+    return (Quarantine(deployment.version, reason),) if quarantine else ()
+
+
+def _restore(
+    deployment: Deployment,
+    now_ms: int,
+    reason: str,
+    rules: WatchRules,
+    *,
+    quarantine: bool = False,
+    withdrawn: bool = False,
+) -> Step:
+    blame = _blame(deployment, reason, quarantine=quarantine)
+    deployment = replace(deployment, withdrawn=withdrawn)
     if not deployment.previous:
         state, actions = _ended(deployment, _S.FAILED, f"{reason}; there is no previous version to restore")
         return state, blame + actions

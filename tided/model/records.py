@@ -20,6 +20,7 @@ class Capability(StrEnum):
     SWAP = "swap"  # the draft's weights can be replaced while serving
     SWAP_VOCABULARY = "swap_vocabulary"  # and so can its vocabulary map
     PROFILE = "profile"  # measures T(n) and D(b)
+    FETCH = "fetch"  # drafts can be sent to it over Redis: it need not share a filesystem with tided
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +257,20 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredObject:
+    """A shard, a draft or reference states that tided and workers hand over by the shared storage: under `key`, `bytes` of content whose
+    SHA-256 is `sha256`. `path`: its name in the job or the result that it belongs to."""
+
+    path: str
+    key: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class JobSpec:
-    """What a worker is asked to do: data only, never code. Paths are on the filesystem that hosts share. `priority`: of its target,
-    0 to 9, higher is more urgent.
+    """What a worker is asked to do: data only, never code. Paths are on the filesystem that hosts share; with a shared storage they are
+    names, and what they name is in `objects`. `priority`: of its target, 0 to 9, higher is more urgent.
 
     train: from `draft`, on `shards`, evaluate parent and child on `held_out`. score: evaluate `draft` on `held_out`, and for
     each temperature of `mix` (temperature, share of the requests) where its samples have the last hidden state; with `groups` only on
@@ -286,6 +298,7 @@ class JobSpec:
     previous_dir: str = ""
     candidates: tuple[Candidate, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)  # trainer options, checked by tided.training
+    objects: tuple[StoredObject, ...] = ()
     priority: int = 0
     needs: Needs = Needs()
 
@@ -332,7 +345,8 @@ class Chain:
 @dataclass(frozen=True, slots=True)
 class JobResult:
     """What an attempt gave. train: `staged` is the directory of the new checkpoint, evaluations are old and new. score: `candidate` is
-    the evaluation of the job's draft, `scores` those of its candidates, in their order."""
+    the evaluation of the job's draft, `scores` those of its candidates, in their order. `objects`: what `staged` names, where it was put
+    into the shared storage."""
 
     staged: str = ""
     version: str = ""
@@ -343,6 +357,7 @@ class JobResult:
     metrics: dict[str, float] = field(default_factory=dict)
     chains: tuple[Chain, ...] = ()
     scores: tuple[Evaluation, ...] = ()
+    objects: tuple[StoredObject, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,6 +476,50 @@ class Verification:
 # --- deployments, policy, events -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class ServedSums:
+    """Finished requests that drafted: sums over them of their drafting request-steps and of the drafted tokens accepted in these.
+
+    `squares`: the sums of both squared, and of their product; the spread between requests follows from them.
+    """
+
+    requests: float = 0.0
+    steps: float = 0.0
+    accepted: float = 0.0
+    squares: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    @classmethod
+    def of(cls, steps: float, accepted: float) -> "ServedSums":
+        """One request."""
+        return cls(1.0, steps, accepted, (steps * steps, accepted * accepted, steps * accepted))
+
+    def plus(self, other: "ServedSums", keep: float = 1.0) -> "ServedSums":
+        """These, each request at the weight `keep`, and the others."""
+        return ServedSums(
+            keep * self.requests + other.requests,
+            keep * self.steps + other.steps,
+            keep * self.accepted + other.accepted,
+            tuple(keep * keep * a + b for a, b in zip(self.squares, other.squares, strict=True)),  # pyright: ignore[reportArgumentType]
+        )
+
+    @property
+    def length(self) -> float:
+        """Mean acceptance length, bonus token included; 0.0 before the first step."""
+        return 1.0 + self.accepted / self.steps if self.steps else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WatchPeer:
+    """Another engine of the target, for what the traffic does meanwhile: its acceptance length with the version that it serves before a
+    watch began, that figure's standard error, and what it served of the same version since."""
+
+    engine: str
+    version: str
+    length: float
+    error: float
+    served: ServedSums = field(default_factory=ServedSums)
+
+
 class DeploymentState(StrEnum):
     PENDING = "pending"
     SWAPPING = "swapping"
@@ -487,16 +546,55 @@ class Deployment:
     epoch: int
     created_ms: int
     updated_ms: int
-    reason: str  # "gate", "pool", "operator", "rollback"
+    reason: str  # "gate", "pool", "shared", "operator", "rollback"
     command: str = ""  # id of the swap or restore command in flight
     deadline_ms: int = 0
-    watched_requests: int = 0
-    watched_steps: int = 0  # request-steps that drafted since the swap
-    watched_accepted: int = 0  # and the drafted tokens accepted in them
+    watched: ServedSums = field(default_factory=ServedSums)  # since the swap
     baseline_length: float = 0.0  # acceptance length that the incumbent had, for the live watch
+    baseline_error: float = 0.0  # its standard error
+    peers: tuple[WatchPeer, ...] = ()
     error: str = ""
     swap_s: float = 0.0
     proven: bool = False  # it has served well before, in other traffic: to be worse here is no blame
+    trial: bool = False  # other engines wait for what this watch finds: it is the longer one
+    withdrawn: bool = False  # it ended for a reason that says nothing about the version: another engine may try it
+
+
+class CanaryState(StrEnum):
+    CHOOSING = "choosing"
+    WATCHING = "watching"
+    PASSED = "passed"
+    FAILED = "failed"
+    WITHDRAWN = "withdrawn"  # nothing was found out about the version
+
+    @property
+    def final(self) -> bool:
+        return self in (CanaryState.PASSED, CanaryState.FAILED, CanaryState.WITHDRAWN)
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A version that passed the gate, and the one engine of its target on which it has to prove itself before the others get it.
+
+    `target`: its name. `incumbent`: the version that it was compared with. `deployment`: that onto `engine`. `tried`: engines that it
+    was on, and that gave no answer. `absent_ms`: since when `engine` is not in order, 0 while it is. `alone`: there is no other engine
+    to protect.
+    """
+
+    target: str
+    version: str
+    incumbent: str
+    job: str
+    state: CanaryState
+    started_ms: int
+    updated_ms: int
+    deadline_ms: int  # of the choice of an engine
+    engine: str = ""
+    deployment: str = ""
+    tried: tuple[str, ...] = ()
+    absent_ms: int = 0
+    alone: bool = False
+    reason: str = ""
 
 
 class SpeculationMode(StrEnum):

@@ -5,7 +5,7 @@ Rates and means are over the monitor's recent window; None where nothing was mea
 
 from dataclasses import dataclass
 
-from tided.model.records import Deployment, EngineInfo, Job, PolicySetting, Verification, WorkerInfo
+from tided.model.records import Canary, Deployment, EngineInfo, Job, PolicySetting, Verification, WorkerInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,3 +146,4 @@ class Status:
     drafts: int
     problems: tuple[str, ...] = ()
     pools: tuple[PoolStatus, ...] = ()
+    canaries: tuple[Canary, ...] = ()  # the newest of each target

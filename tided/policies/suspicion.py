@@ -1,10 +1,11 @@
 """Has the traffic moved, or is the engine at fault? One engine's newest fall of acceptance, and what has been found out about it.
 
 A fall alone says neither. So it opens a question, and while that is open nothing is trained: the draft that serves is scored on what was
-captured since the fall began, and the answer is DRIFT when it scores as low as it serves, FAULT when it scores surely more. A fall
-is the trend's (`tided.policies.training`) or newest requests that are surely below what the draft is expected to give: what its gate's
-evaluation said of greedy requests, or what its own newest score said. Where the speculation policy has stopped drafting meanwhile,
-too little is served to compare; then it is DRIFT if the score has fallen by most of what the newest requests have, and if it has
+captured since the fall began, and the answer is DRIFT when it scores as low as it serves, FAULT when it scores surely more. A fall is the
+trend's (`tided.policies.training`) or newest requests that are surely below what the draft is expected to give: what its gate's evaluation
+said of greedy requests, or what its own newest score said. Before it is sure, newest requests that sag are reason enough to tap, and to
+wait with a training (`wary`): then samples are there when the question is asked. Where the speculation policy has stopped drafting
+meanwhile, too little is served to compare; then it is DRIFT if the score has fallen by most of what the newest requests have, and if it has
 not, some requests must be drafted for (`held`). A question that nobody could answer in time is answered LATE, and taken for drift: a
 missing worker must not keep a target from training for ever.
 
@@ -38,14 +39,20 @@ LEAST_STEPS = 60
 """Drafting steps of the newest requests, where few steps of a request draft."""
 EXPLAINED = 0.7
 """Share of the trend's fall that the score's must reach to be its cause."""
+FEW, HUNCH = 6, 2.5
+"""So many newest requests that are so many standard errors below those before are reason to be wary. About one in 160 is so by chance."""
+WARY_MS = 30_000
+"""For so long, and not again for as long: then it is sure, or it was nothing."""
 LATEST = 4
 """Requests on each side, at least, of the moment at which acceptance fell,"""
-LOOKBACK_MS = 15_000
-"""and how long ago it is looked for."""
+LOOKBACK_MS = 60_000
+"""and how long ago it is looked for: where few requests come it takes half a minute until a fall is sure."""
 RESPITE = 10
 """Once training has waited in vain and no score came, it waits for none, for so many times as long."""
-TOKENS, MANY_TOKENS = 4_000, 8_000
-"""Tokens that are scored at most, now and then and to answer a question: seconds of one core, for it needs the target's whole head."""
+TOKENS = 4_000
+"""Generated tokens that are scored at most: seconds of one core, for sampled requests need the target's whole head."""
+COMMON = 0.25
+"""Prompts enough for a temperature of this share of the requests are enough for a rarer one: nobody would wait for more."""
 RARE = 0.01
 """Share of the requests below which a temperature is hardly served any more."""
 
@@ -109,6 +116,7 @@ class Suspicion:
     about. `low`: temperatures that are below their trend or their expectation. `fell_ms`: when the fall in question was noticed (where
     nobody scores, the oldest), `onset_ms`: when it began, by the requests; `fell`: its temperatures; `heard`: a score came since.
     `suspected`: by temperature, as last judged. `held`: no score can explain the fall unless a token is drafted in every step for a while.
+    `answered_by`: the score that said it is drift; it scored the pooled drafts, too. `sagged_ms`: when newest requests last sagged.
     """
 
     incarnation: str = ""
@@ -128,6 +136,8 @@ class Suspicion:
     held: bool = False
     heard: bool = False
     answer: Answer = Answer.NONE
+    answered_by: str = ""
+    sagged_ms: int = 0
 
     @property
     def questioned(self) -> bool:
@@ -139,6 +149,16 @@ class Suspicion:
         """Whether the traffic has moved, as far as anybody can say."""
         return self.answer in (Answer.DRIFT, Answer.LATE)
 
+    @property
+    def unheard(self) -> bool:
+        """Whether nobody scores: the question found no answer because none came."""
+        return self.answer is Answer.LATE and not self.heard
+
+    def wary(self, now_ms: int) -> bool:
+        """Whether samples of the newest requests are asked for, or may be soon, and no training should begin yet."""
+        sagged = self.sagged_ms > 0 and now_ms - self.sagged_ms < WARY_MS
+        return self.questioned or (self.answer is Answer.NONE and sagged)
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -146,17 +166,22 @@ class Rules:
     long training waits for the answer."""
 
     every_ms: int = 300_000
-    again_ms: int = 10_000
+    again_ms: int = 5_000
     wait_ms: int = 120_000
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """A score that could say something: of requests and samples since then. `tokens`: how many of them."""
+    """A score that could say something: of requests and samples since then. `fallen`: it is asked for because acceptance fell."""
 
     temperature: float
     since_ms: int
-    tokens: int
+    fallen: bool = False
+
+    def ripe(self, prompts: int, steps: int, mix: Sequence[tuple[float, float]]) -> bool:
+        """Whether that many samples suffice: enough of them should be of its temperature, going by the `mix` of what is served."""
+        share = max(dict(mix).get(self.temperature, 0.0), COMMON)
+        return prompts * share >= MIN_PROMPTS and steps >= MIN_SCORED_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +229,8 @@ def look(
     low = tuple(sorted(trending | missed))
     suspected = tuple(found for found in state.suspected if not _rare(served, found.temperature))
     after, news = replace(state, low=low, suspected=suspected), list[News]()
+    if now_ms - state.sagged_ms >= 2 * WARY_MS and any(_sags(found) for found in served.classes.values()):
+        after = replace(after, sagged_ms=now_ms)
     if after.answer is Answer.FAULT and not suspected:
         after = replace(after, answer=Answer.NONE)
     if set(low) - set(state.low) and after.answer not in (Answer.OPEN, Answer.FAULT):
@@ -211,7 +238,7 @@ def look(
         silent = after.fell_ms > 0 and not after.heard and now_ms - after.fell_ms < (1 + RESPITE) * rules.wait_ms
         fell_ms = after.fell_ms if silent else now_ms
         after = replace(after, fell=low, fell_ms=fell_ms, onset_ms=onset_ms, trending=False, answer=Answer.OPEN)
-        after = replace(after, heard=False, held=False)
+        after = replace(after, heard=False, held=False, answered_by="")
     elif not low and after.drifted:
         after = replace(after, answer=Answer.NONE)
     if after.answer is Answer.OPEN:
@@ -239,19 +266,19 @@ def wish(state: Suspicion, served: ServedClasses, now_ms: int, rules: Rules) -> 
             return None
         ripe = [at for at in state.fell if (s := served.classes.get(at)) and s.since(state.onset_ms).enough]
         idle = state.fell if now_ms - state.fell_ms >= rules.again_ms else ()
-        return Wish((*ripe, *idle)[0], state.onset_ms, MANY_TOKENS) if ripe or idle else None
+        return Wish((*ripe, *idle)[0], state.onset_ms, fallen=True) if ripe or idle else None
     if state.answer is Answer.FAULT:
         since_ms = max(state.asked_ms, state.onset_ms)
         mended = [i.temperature for i in state.suspected if served.classes[i.temperature].since(since_ms).enough]
         return (
-            Wish(mended[0], since_ms, MANY_TOKENS)
+            Wish(mended[0], since_ms, fallen=True)
             if mended and waited_ms >= min(rules.again_ms, rules.every_ms)
             else None
         )
     if waited_ms < rules.every_ms:
         return None
     temperature = served.next_ripe(state.temperature, state.asked_ms)
-    return None if temperature is None else Wish(temperature, served.classes[temperature].since_ms, TOKENS)
+    return None if temperature is None else Wish(temperature, served.classes[temperature].since_ms)
 
 
 def asked(state: Suspicion, wanted: Wish, job: str, now_ms: int) -> Suspicion:
@@ -294,11 +321,11 @@ def judge(
     compared = [found[at] for at in state.fell if at in found and found[at].enough]
     if about and (all(item.surely_sound for item in compared) if compared else _explained(state, served, before, new)):
         moved = state.trending or any(_fell(before.get(at), new.get(at)) for at in state.fell)
-        after = replace(after, held=False, answer=Answer.DRIFT if moved else Answer.NONE)
+        after = replace(after, held=False, answer=Answer.DRIFT if moved else Answer.NONE, answered_by=state.job)
     elif state.answer is Answer.OPEN:
         after = replace(after, held=state.held or (about and bool(new) and not compared))
     elif state.answer is Answer.FAULT:
-        after = replace(after, answer=Answer.DRIFT if state.low else Answer.NONE)
+        after = replace(after, answer=Answer.DRIFT if state.low else Answer.NONE, answered_by=state.job)
     return after, tuple(news)
 
 
@@ -339,6 +366,17 @@ def _enough(score: SamplingScore) -> bool:
 def _rare(served: ServedClasses, temperature: float) -> bool:
     """What is suspected of a temperature that is hardly served any more cannot be judged again, and keeps nothing from training."""
     return dict(served.mix()).get(temperature, 0.0) < RARE
+
+
+def _sags(served: ServedClass) -> bool:
+    """Whether the newest few accept less than those before, as far as so few can tell."""
+    values = [stats.accepted / stats.spec_steps for _, stats in served.drafted]
+    newest, before = values[-FEW:], values[:-FEW]
+    if len(before) < NEWEST[-1]:
+        return False
+    mean = sum(before) / len(before)
+    scatter = sqrt(sum((value - mean) ** 2 for value in before) / (len(before) - 1))
+    return mean - sum(newest) / FEW > max(MARGIN * mean, HUNCH * scatter / sqrt(FEW))
 
 
 def _onset_ms(served: ServedClass, now_ms: int) -> int:

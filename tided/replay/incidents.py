@@ -46,7 +46,7 @@ LASTS_S = 420.0
 """How long it is looked at."""
 SOON_S = 60.0
 GRADUAL_S = 90.0
-SHARD_AGE_S = 10.0
+SHARD_AGE_S, PRESSED_AGE_S = 10.0, 1.0
 SHARD_ROWS = 4096
 UNKNOWABLE_S = SHARD_AGE_S
 """A training that begins so soon after a fault has the samples of before: those of the fault are not stored yet."""
@@ -166,13 +166,13 @@ class _World:
     served: ServedClasses = field(default_factory=ServedClasses)
     trends: dict[float, AcceptanceTrend] = field(default_factory=dict[float, AcceptanceTrend])
     waiting: list[_Sample] = field(default_factory=list[_Sample])
-    shards: list[tuple[int, list[_Sample]]] = field(default_factory=list[tuple[int, list[_Sample]]])
+    shards: list[list[_Sample]] = field(default_factory=list[list[_Sample]])
     state: Suspicion = field(default_factory=Suspicion)
     cycle: Collection = field(default_factory=Collection)
     verdict: Verification | None = None
     newest: deque[float] = field(default_factory=lambda: deque[float](maxlen=RESTS_AFTER))
     capturing: bool = True
-    score: tuple[int, int, int] | None = None  # (when it is there, since when and how many its tokens are)
+    score: tuple[int, int] | None = None  # (when it is there, since when its samples are)
     watched: int = 0  # requests that the live watch still waits for
     alarms: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
     trainings: list[float] = field(default_factory=list[float])
@@ -271,12 +271,13 @@ def _rests(world: _World) -> bool:
 
 
 def _store(world: _World, now_s: float) -> None:
-    """The collector: shards by age and rows."""
+    """The collector: shards by age and rows, soon where a question waits."""
     if not world.waiting:
         return
-    old = now_s * SECOND - world.waiting[0].at_ms >= SHARD_AGE_S * SECOND
+    age_s = PRESSED_AGE_S if world.state.wary(round(now_s * SECOND)) else SHARD_AGE_S
+    old = now_s * SECOND - world.waiting[0].at_ms >= age_s * SECOND
     if old or sum(sample.rows for sample in world.waiting) >= SHARD_ROWS:
-        world.shards.append((round(now_s * SECOND), world.waiting))
+        world.shards.append(world.waiting)
         world.waiting = []
 
 
@@ -296,9 +297,9 @@ def _control(world: _World, now_s: float, rules: CollectionRules) -> None:
     world.cycle, _ = collection.step(before, TrendJudged(now_ms, low, state.onset_ms), rules)
     if world.cycle.drifts > before.drifts and now_s >= BEGINS_S and world.drifted_s is None:
         world.drifted_s = now_s - BEGINS_S
-    stored = [s for at_ms, shard in world.shards if at_ms >= world.cycle.since_ms for s in shard]
+    stored = [s for shard in world.shards if shard[-1].at_ms >= world.cycle.since_ms for s in shard]
     rows = sum(sample.rows for sample in stored)
-    if state.suspected or state.questioned:
+    if state.suspected or state.wary(now_ms):
         rows = min(rows, rules.min_rows - 1)
     world.cycle, actions = collection.step(world.cycle, RowsStored(now_ms, rows), rules)
     if any(isinstance(action, StartTraining) for action in actions):
@@ -307,7 +308,7 @@ def _control(world: _World, now_s: float, rules: CollectionRules) -> None:
             world.cycle = replace(world.cycle, phase=Phase.COLLECTING, rows=0)
         else:
             world.trainings.append(now_s - BEGINS_S)
-    asked = bool(state.suspected or state.questioned)
+    asked = bool(state.suspected) or state.wary(now_ms)
     world.capturing = asked or collection.capture_wanted(world.cycle, rules)
 
 
@@ -318,14 +319,14 @@ def _suspect(world: _World, now_s: float) -> None:
     wanted = suspicion.wish(state, world.served, now_ms, rules)
     if world.score is not None:
         if now_ms >= world.score[0]:
-            scores = _scores(world, *world.score[1:])
+            scores = _scores(world, world.score[1])
             state, told = suspicion.judge(state, world.served, scores)
             news, world.score = news + told, None
     elif wanted is not None:
-        since_ms = wanted.since_ms + round(SHARD_AGE_S * SECOND)
-        if sum(len(shard) for at_ms, shard in world.shards if at_ms >= since_ms) >= 10:
+        samples = _since(world, wanted.since_ms)
+        if wanted.ripe(len(samples), sum(sample.steps for sample in samples), world.served.mix()):
             state = suspicion.asked(state, wanted, "job", now_ms)
-            world.score = (now_ms + round(scene.score_s * SECOND), since_ms, wanted.tokens)
+            world.score = (now_ms + round(scene.score_s * SECOND), wanted.since_ms)
     for item in news:
         if item.kind == "engine-fault-suspected" and item.found is not None:
             world.alarms.append((now_s - BEGINS_S, suspicion.cause(item.found, state)))
@@ -335,15 +336,20 @@ def _suspect(world: _World, now_s: float) -> None:
         world.verdict, _ = verification.step(world.verdict, Doubted(now_ms, state.onset_ms))
 
 
-def _scores(world: _World, since_ms: int, most: int) -> tuple[SamplingScore, ...]:
+def _since(world: _World, since_ms: int) -> list[_Sample]:
+    """What is stored of requests that ended since then, as shards tell it."""
+    return [sample for shard in world.shards if shard[0].at_ms >= since_ms for sample in shard]
+
+
+def _scores(world: _World, since_ms: int) -> tuple[SamplingScore, ...]:
     """What an evaluator says of the samples since then: some of them, by temperature."""
-    samples = [sample for at_ms, shard in world.shards if at_ms >= since_ms for sample in shard]
+    samples = _since(world, since_ms)
     world.draw.shuffle(samples)
     chosen, tokens = list[_Sample](), 0
     for sample in samples:
-        if tokens < most:
+        if tokens < suspicion.TOKENS:
             chosen.append(sample)
-            tokens += sample.rows
+            tokens += sample.steps
     temperatures = sorted({sample.temperature for sample in chosen})
     return tuple(_score(at, [sample for sample in chosen if sample.temperature == at]) for at in temperatures)
 

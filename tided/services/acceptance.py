@@ -114,7 +114,7 @@ async def _scored(
         priority=context.priority_of(info.target.digest),
     )
     attempts = context.training_for(info.target.digest).max_attempts
-    job = await context.jobs.submit(spec, context.leadership.require(), attempts, new_id("job"))
+    job = await context.submit(spec, attempts, new_id("job"))
     try:
         with anyio.fail_after(timeout_s):
             while job is not None and not job.state.final:

@@ -26,13 +26,14 @@ _LABELS = 2
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When rows are due: so many rows of ended requests, or the oldest of them so old; a request that has not ended after
-    `hold_s`; everything when `hold_bytes` of payloads are held."""
+    """When rows are due: so many rows of ended requests, or the oldest of them so old, `pressed_age_s` while a question waits for
+    them; a request that has not ended after `hold_s`; everything when `hold_bytes` of payloads are held."""
 
     shard_rows: int
     shard_age_s: float
     hold_s: float = 60.0
     hold_bytes: int = 32 * 1024 * 1024
+    pressed_age_s: float = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -78,13 +79,14 @@ class _Request:
 class Plan:
     """What to write, and what to acknowledge once that is durable. Nothing changes before `Assembly.written(plan)`.
 
-    `aside`: runs for the self-test, which never train.
+    `aside`: runs for the self-test, which never train. `since_s`: when the first of the requests ended, or began where one has not.
     """
 
     runs: dict[Source, list[Run]]
     aside: dict[Source, list[Run]]
     acknowledgements: dict[str, list[StoredChunk]]  # by incarnation
     keys: tuple[_Key, ...]
+    since_s: float
 
 
 class SeenChunks:
@@ -118,6 +120,8 @@ class Assembly:
         self._entries: set[str] = set()
         self._bytes = 0
         self.aside = Aside()
+        self.pressed = False
+        """Whether a question waits for rows."""
 
     @property
     def held_bytes(self) -> int:
@@ -204,14 +208,15 @@ class Assembly:
             ]
             rows = sum(self._requests[key].rows for key in ended)
             oldest_s = min((self._requests[key].ended_s or 0.0 for key in ended), default=now_s)
-            now = rows >= limits.shard_rows or now_s - oldest_s >= limits.shard_age_s or overdue
+            age_s = min(limits.shard_age_s, limits.pressed_age_s) if self.pressed else limits.shard_age_s
+            now = rows >= limits.shard_rows or now_s - oldest_s >= age_s or overdue
             # A self-test waits for its probes.
             chosen = (
                 ended + overdue if now else [key for key in ended if self._requests[key].ref.group in self.aside.groups]
             )
         # Chunks that carry totals alone wait for nothing.
         bare = [chunk for chunk in self._chunks.values() if not chunk.waiting]
-        return self._plan(chosen, bare) if chosen or bare else None
+        return self._plan(chosen, bare, now_s) if chosen or bare else None
 
     def purge(self, through: str) -> dict[str, list[StoredChunk]]:
         """Forget all rows of entries up to `through`; what must be acknowledged as purged, by incarnation.
@@ -240,7 +245,7 @@ class Assembly:
         self._entries.discard(chunk.entry)
         self._bytes -= chunk.bytes
 
-    def _plan(self, chosen: list[_Key], bare: list[Chunk]) -> Plan:
+    def _plan(self, chosen: list[_Key], bare: list[Chunk], now_s: float) -> Plan:
         runs: dict[Source, list[Run]] = {}
         aside: dict[Source, list[Run]] = {}
         stored: dict[tuple[str, int], list[tuple[int, int]]] = {(chunk.incarnation, chunk.seq): [] for chunk in bare}
@@ -256,7 +261,9 @@ class Assembly:
             acknowledgements.setdefault(incarnation, []).append(
                 StoredChunk(chunk.entry, chunk.seq, chunk.bytes, chunk.parts, tuple(parts), chunk.totals)
             )
-        return Plan(_some(runs), _some(aside), acknowledgements, tuple(chosen))
+        requests = [self._requests[key] for key in chosen]
+        since_s = min((r.since_s if r.ended_s is None else r.ended_s for r in requests), default=now_s)
+        return Plan(_some(runs), _some(aside), acknowledgements, tuple(chosen), since_s)
 
     def written(self, plan: Plan) -> list[tuple[str, int]]:
         """The plan is durable: forget it. Gives the chunks (incarnation, seq) that are whole now."""

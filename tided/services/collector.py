@@ -31,7 +31,7 @@ from tided.model.errors import Refused, TideError, Unavailable
 from tided.model.ids import check_name
 from tided.model.records import EngineInfo
 from tided.services.assembly import Assembly, Limits, Plan, SeenChunks
-from tided.store import ledger, purge
+from tided.store import ledger, pressing, purge
 from tided.store.aside import read_aside
 from tided.store.client import closing, connect, connect_blocking, shown, translated
 from tided.store.ledger import StoredChunk
@@ -130,6 +130,7 @@ class EngineCollector:
                 for entry in entries:
                     await self._admit(redis, entry)
             await self._purge(redis)
+            self._assembly.pressed = await pressing.is_pressing(redis, self.engine)
             await self._write_due(redis)
 
     async def _drain(self) -> None:
@@ -240,7 +241,8 @@ class EngineCollector:
     # --- writing ---
 
     async def _write_due(self, redis: Redis, *, everything: bool = False) -> None:
-        plan = self._assembly.due(time.monotonic(), everything=everything)
+        now_s = time.monotonic()
+        plan = self._assembly.due(now_s, everything=everything)
         if plan is None:
             return
         if not plan.runs and not plan.aside:
@@ -248,7 +250,8 @@ class EngineCollector:
             self._forget(plan)
             return
         receipt = {"engine": self.engine, "acknowledge": to_plain(plan.acknowledgements)}
-        commit = await anyio.to_thread.run_sync(self._store.commit, plan.runs, receipt, plan.aside)
+        age_s = now_s - plan.since_s
+        commit = await anyio.to_thread.run_sync(self._store.commit, plan.runs, receipt, plan.aside, age_s)
         self._unfinished.append(commit)
         self._forget(plan)
         failpoints.hit("collector.committed")

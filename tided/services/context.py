@@ -12,7 +12,9 @@ from redis.asyncio import Redis
 from tided.config import Config, TargetConfig, TrainingConfig
 from tided.draft.target import describe
 from tided.model.errors import Refused, TideError
-from tided.model.records import Draft, Event, TargetInfo
+from tided.model.records import Draft, Event, Job, JobSpec, TargetInfo
+from tided.services.courier import Courier
+from tided.services.exchange import Exchange
 from tided.services.leadership import Leadership
 from tided.store.client import redis_time_ms
 from tided.store.drafts import DraftStore
@@ -49,6 +51,8 @@ class Context:
     state: StateStore
     samples: SampleStore
     drafts: DraftStore
+    exchange: Exchange
+    courier: Courier
     targets: dict[str, Target] = field(default_factory=dict[str, Target])
     target_problems: dict[str, str] = field(default_factory=dict[str, str])
     clock: Callable[[], float] = time.monotonic
@@ -56,19 +60,24 @@ class Context:
 
     @classmethod
     def of(cls, config: Config, redis: Redis, leadership: Leadership) -> "Context":
-        """Stores over one Redis client and the configured directories. Raises `Unavailable` when a directory cannot be made."""
+        """Stores over one Redis client and the configured directories. Raises `Unavailable` when a directory cannot be made,
+        `ConfigError` for a storage that cannot be opened."""
         samples = config.samples
+        jobs = JobStore(redis, config.jobs.lease_s, config.jobs.keep_s)
+        drafts = DraftStore(config.drafts_dir)
         return cls(
             config=config,
             redis=redis,
             leadership=leadership,
             engines=EngineStore(redis),
-            jobs=JobStore(redis, config.jobs.lease_s, config.jobs.keep_s),
+            jobs=jobs,
             workers=WorkerStore(redis),
             events=EventStore(redis),
             state=StateStore(redis),
             samples=SampleStore(config.samples_dir, samples.held_out_fraction, samples.max_bytes, samples.max_age_s),
-            drafts=DraftStore(config.drafts_dir),
+            drafts=drafts,
+            exchange=Exchange(config, jobs, drafts, leadership),
+            courier=Courier(config.redis_url, drafts, leadership),
         )
 
     async def read_targets(self) -> None:
@@ -130,12 +139,9 @@ class Context:
         name = self.targets[target].name if target in self.targets else ""
         return next((item for item in self.config.target if item.lineage == name), None)
 
-    def staged_dir(self, staged: str) -> Path:
-        """Where a worker staged a draft. Raises `Refused` for nothing or a relative path."""
-        path = Path(staged)
-        if not staged or not path.is_absolute():
-            raise Refused(f"staged draft {staged!r}: expected an absolute directory on the shared filesystem")
-        return path
+    async def submit(self, spec: JobSpec, max_attempts: int, job_id: str) -> Job:
+        """Queue a job, with what a worker on another host needs for it. Raises `Unavailable`, `Superseded`."""
+        return await self.jobs.submit(await self.exchange.lend(spec), self.leadership.require(), max_attempts, job_id)
 
     async def now_ms(self) -> int:
         return await redis_time_ms(self.redis)

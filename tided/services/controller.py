@@ -31,6 +31,7 @@ from tided.model.records import (
     SpeculationMode,
 )
 from tided.policies.base import SpeculationDecision
+from tided.services.canaries import Canaries
 from tided.services.context import Context
 from tided.services.deployer import Deployer
 from tided.services.dispatcher import Dispatcher
@@ -41,6 +42,7 @@ from tided.services.scout import Scout
 from tided.services.selftest import SelfTest
 from tided.services.speculator import Speculator, in_force
 from tided.services.training_view import TrainingView
+from tided.store.pressing import press
 
 REAP_EVERY_S = 2.0
 RETRY_MS = 60_000
@@ -55,13 +57,14 @@ class Controller:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.monitor = Monitor(context.engines, context.training_for)
-        self.deployer = Deployer(context)
+        self.deployer = Deployer(context, self.monitor)
         self.heads = Heads(context)
-        self.dispatcher = Dispatcher(context, self.deployer, self.heads)
+        self.canaries = Canaries(context, self.monitor, self.deployer, self.heads)
+        self.dispatcher = Dispatcher(context, self.heads, self.canaries)
         self.speculator = Speculator(context)
         self.selftest = SelfTest(context, self._draft_of)
-        self.faults = FaultWatch(context)
         self.scout = Scout(context, self.heads)
+        self.faults = FaultWatch(context, self.scout.rivals)
         self.problems: dict[str, str] = {}
         """By engine: why tided keeps its hands off, or what failed in its newest cycle."""
         self.warnings: dict[str, str] = {}
@@ -305,6 +308,9 @@ class Controller:
                 pool, sampling = await self.scout.reconcile(pool, collection, now_ms)
                 self.pools[pool.digest] = pool
                 training = self.training[pool.digest] = await self.dispatcher.reconcile(pool, now_ms)
+                waited_for = [info.engine for info in pool.infos] if sampling else pool.wary(now_ms)
+                for engine in waited_for:
+                    await press(self.context.redis, engine)
         except Superseded as exc:
             await self.context.leadership.step_down(exc)
             return

@@ -13,10 +13,12 @@ import anyio.to_thread
 import structlog
 
 from tided.backends.base import require
+from tided.draft import bundle
 from tided.machine import deployment as machine
 from tided.machine.deployment import (
     Announce,
     DeploymentEvent,
+    PeerServed,
     Quarantine,
     RequestsServed,
     RollbackRequested,
@@ -31,9 +33,10 @@ from tided.machine.deployment import (
 from tided.model import failpoints
 from tided.model.errors import Conflict, NotFound, Refused, Superseded
 from tided.model.ids import new_id
-from tided.model.records import Capability, Deployment, DeploymentState, Draft, EngineInfo
+from tided.model.records import Capability, Deployment, DeploymentState, Draft, EngineInfo, ServedSums
 from tided.services.context import Context
-from tided.services.monitor import EngineView
+from tided.services.monitor import EngineView, Monitor
+from tided.services.watching import Readings, baseline, peers
 
 STATE = "deployment"
 TALLY = "tally"
@@ -41,8 +44,6 @@ RESTART = "restart"
 """Reason of a deployment that puts an engine, which came back without its draft, onto it again."""
 ROLLBACK = "rollback"
 """Reason of one that goes back to an earlier version. It has no baseline: what it would be compared with is not wanted."""
-MIN_BASELINE_TRIALS = 50
-"""Fewer of the incumbent's drafting request-steps than this say nothing: then the watch has no floor."""
 
 _log = structlog.get_logger()
 _REPLACED = (DeploymentState.WATCHING, DeploymentState.ROLLED_BACK)
@@ -59,8 +60,10 @@ class Tally:
 class Deployer:
     """Keeps the newest deployment of each engine in the leader's state."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, monitor: Monitor) -> None:
         self._context = context
+        self._monitor = monitor
+        self._readings = Readings()
         self._locks: dict[str, anyio.Lock] = {}
 
     def lock(self, engine: str) -> anyio.Lock:
@@ -71,8 +74,10 @@ class Deployer:
         """The newest deployment onto an engine, final or not."""
         return await self._context.state.get(Deployment, STATE, engine)
 
-    async def begin(self, view: EngineView, draft: Draft, reason: str, pooled_over: float = 0.0) -> Deployment:
-        """Note that `draft` is to be deployed; `reconcile` does it.
+    async def begin(
+        self, view: EngineView, draft: Draft, reason: str, pooled_over: float = 0.0, *, trial: bool = False
+    ) -> Deployment:
+        """Note that `draft` is to be deployed; `reconcile` does it. `trial`: other engines wait for what its watch finds.
 
         `pooled_over`: of a draft that has served well in an earlier domain, the acceptance length that its predecessor scored on the
         newest samples. What was served until now is partly of the traffic before, so the lower of the two is the watch's baseline.
@@ -88,6 +93,7 @@ class Deployer:
             raise Conflict(f"engine {view.engine} already serves {draft.version[:12]}")
         check_fit(view.info, draft)
         now_ms = await context.now_ms()
+        length, error = _baseline(view, reason, pooled_over)
         deployment = Deployment(
             id=new_id("dep"),
             engine=view.engine,
@@ -98,8 +104,11 @@ class Deployer:
             created_ms=now_ms,
             updated_ms=now_ms,
             reason=reason,
-            baseline_length=_baseline(view, reason, pooled_over),
+            baseline_length=length,
+            baseline_error=error,
+            peers=peers(view, self._monitor.views.values()) if length else (),
             proven=pooled_over > 0.0,
+            trial=trial,
         )
         await context.state.put(STATE, view.engine, deployment, epoch)
         await context.announce(
@@ -117,27 +126,47 @@ class Deployer:
         deployment = await self.current(view.engine)
         if deployment is None or deployment.state.final:
             return deployment
-        rules = self._rules()
+        rules = self.rules()
         if deployment.state is DeploymentState.PENDING:
             event = await self._ready(view, deployment, now_ms)
             deployment = await self._apply(deployment, event, rules)
+        elif deployment.state is not DeploymentState.RESTORING and deployment.reason != ROLLBACK:
+            deployment = await self._still_good(deployment, now_ms, rules)
         if deployment.state in _IN_FLIGHT:
             deployment = await self._in_flight(view, deployment, now_ms, rules)
         if deployment.state is DeploymentState.WATCHING:
             deployment = await self._apply(deployment, VersionSeen(now_ms, view.info.version), rules)
-            served = view.watch.take(deployment.version)
-            if served.requests:
-                deployment = await self._apply(
-                    deployment,
-                    RequestsServed(now_ms, deployment.version, served.requests, served.steps, round(served.accepted)),
-                    rules,
-                )
-        return await self._apply(deployment, TimePassed(now_ms), rules)
+            deployment = await self._watched(view, deployment, now_ms, rules)
+        deployment = await self._apply(deployment, TimePassed(now_ms), rules)
+        if deployment.state.final:
+            self._readings.end(view.engine)
+        return deployment
 
-    async def take_back(self, deployment: Deployment, reason: str) -> Deployment:
-        """An operator wants a deployment that is under way undone, and its version never again."""
+    async def take_back(self, deployment: Deployment, reason: str, *, quarantine: bool = True) -> Deployment:
+        """A deployment that is under way is not wanted any more; `quarantine`: its version never again."""
         now_ms = await self._context.now_ms()
-        return await self._apply(deployment, RollbackRequested(now_ms, reason, quarantine=True), self._rules())
+        return await self._apply(deployment, RollbackRequested(now_ms, reason, quarantine=quarantine), self.rules())
+
+    async def _watched(self, view: EngineView, deployment: Deployment, now_ms: int, rules: WatchRules) -> Deployment:
+        """Tell the watch what was finished since the last cycle, here and on its peers: theirs first, for it is judged by both."""
+        for peer in deployment.peers:
+            other = self._monitor.views.get(peer.engine)
+            served = self._readings.take(view.engine, other, peer.version) if other is not None else ServedSums()
+            if served.requests:
+                deployment = await self._apply(deployment, PeerServed(now_ms, peer.engine, served), rules)
+        served = self._readings.take(view.engine, view, deployment.version)
+        if served.requests and deployment.state is DeploymentState.WATCHING:
+            deployment = await self._apply(deployment, RequestsServed(now_ms, deployment.version, served), rules)
+        return deployment
+
+    async def _still_good(self, deployment: Deployment, now_ms: int, rules: WatchRules) -> Deployment:
+        """Take back what has gone into quarantine meanwhile, wherever that happened."""
+        draft = await self._context.find_draft(deployment.version)
+        if draft is None or not draft.quarantined:
+            return deployment
+        return await self._apply(
+            deployment, RollbackRequested(now_ms, f"it is in quarantine: {draft.quarantined}"), rules
+        )
 
     async def _ready(self, view: EngineView, deployment: Deployment, now_ms: int) -> DeploymentEvent:
         """Whether what is in the store, whole, can go onto the engine, now that it is about to."""
@@ -148,11 +177,13 @@ class Deployer:
             await anyio.to_thread.run_sync(store.verify, deployment.version)
         except Refused as exc:
             return RollbackRequested(now_ms, str(exc))
-        view.watch.reset(deployment.version)
+        self._readings.start(view.engine, view)
         return Started(now_ms)
 
     async def _in_flight(self, view: EngineView, deployment: Deployment, now_ms: int, rules: WatchRules) -> Deployment:
         wanted = deployment.version if deployment.state is DeploymentState.SWAPPING else deployment.previous
+        if self._sends_bytes(view):
+            self._context.courier.attend(view.engine)
         if not deployment.command and view.info.version != wanted and now_ms < deployment.deadline_ms:
             return await self._send(view, deployment, wanted, now_ms, rules)
         pause_s = 0.0
@@ -175,11 +206,19 @@ class Deployer:
         try:
             path = await anyio.to_thread.run_sync(context.drafts.path, version)
             ttl_s = (deployment.deadline_ms - now_ms) / 1000
-            command = await view.backend.send_swap(version, path, epoch, ttl_s)
+            if self._sends_bytes(view):
+                size = await anyio.to_thread.run_sync(bundle.size_of, path)
+                command = await view.backend.send_draft(version, size, epoch, ttl_s)
+            else:
+                command = await view.backend.send_swap(version, path, epoch, ttl_s)
         except NotFound as exc:
             return await self._apply(deployment, RollbackRequested(now_ms, str(exc)), rules)
         failpoints.hit("deployer.sent")
         return await self._apply(deployment, SwapSent(now_ms, command), rules)
+
+    def _sends_bytes(self, view: EngineView) -> bool:
+        """Whether the engine gets the draft itself over Redis, not the path of one that it could read."""
+        return self._context.config.storage.is_shared and Capability.FETCH in view.info.capabilities
 
     async def _apply(self, deployment: Deployment, event: DeploymentEvent, rules: WatchRules) -> Deployment:
         """One step of the machine: its actions first (all are safe to repeat), then its state, fenced."""
@@ -207,12 +246,14 @@ class Deployer:
         draft = await self._context.find_draft(version)
         return draft.version if draft is not None else ""
 
-    def _rules(self) -> WatchRules:
+    def rules(self) -> WatchRules:
         settings = self._context.config.deployment
         return WatchRules(
             swap_deadline_ms=round(settings.swap_deadline_s * 1000),
             watch_ms=round(settings.watch_s * 1000),
             watch_requests=settings.watch_requests,
+            canary_ms=round(settings.canary_s * 1000),
+            canary_requests=settings.canary_requests,
             rollback_margin=settings.rollback_margin,
         )
 
@@ -243,15 +284,16 @@ def desired_version(deployment: Deployment | None) -> str:
     return deployment.previous
 
 
-def _baseline(view: EngineView, reason: str, pooled_over: float) -> float:
-    live = view.live
-    if reason == ROLLBACK or live.steps < MIN_BASELINE_TRIALS:
-        return 0.0
-    length = live.length(view.info.gamma_max)
-    return min(length, pooled_over) if pooled_over else length
+def _baseline(view: EngineView, reason: str, pooled_over: float) -> tuple[float, float]:
+    """The acceptance length that a version is held against, and its standard error; zeros: nothing."""
+    found = baseline(view)
+    if reason == ROLLBACK or not found.length:
+        return 0.0, 0.0
+    return (min(found.length, pooled_over) if pooled_over else found.length), found.error
 
 
 def _figures(deployment: Deployment) -> dict[str, Any]:
+    found = machine.judged(deployment)
     return {
         "deployment": deployment.id,
         "version": deployment.version,
@@ -259,6 +301,7 @@ def _figures(deployment: Deployment) -> dict[str, Any]:
         "state": deployment.state.value,
         "swap_s": deployment.swap_s,
         "baseline_length": round(deployment.baseline_length, 3),
-        "watched_length": round(machine.watched_length(deployment), 3),
-        "watched_requests": deployment.watched_requests,
+        "expected_length": round(found.expected, 3),
+        "watched_length": round(found.length, 3),
+        "watched_requests": round(deployment.watched.requests),
     }

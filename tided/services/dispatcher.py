@@ -1,15 +1,15 @@
 """Training from samples to a judged draft, for all engines of a target: `tided.machine.collection` with its IO.
 
 One decision and one job at a time for a target, from what all its engines stored. A draft that passes the gate goes onto one engine
-first, its canary; when it is live there it becomes the target's head, which the others follow (`tided.services.pools`).
+first, its canary (`tided.services.canaries`); from there the others follow (`tided.services.pools`), or none does.
 
 Level-triggered and safe to repeat at every point. A job's id is stored before the job is submitted, so that a leader which died in
 between submits the same job and not a second one; a finished job's draft has one version whoever adds it; the gate is a pure
-function of the evaluations; whether the version was deployed is read from the newest deployment.
+function of the evaluations; what became of the version on its canary is stored before the cycle ends.
 """
 
+
 import anyio.to_thread
-import structlog
 
 from tided.machine import collection as machine
 from tided.machine.collection import (
@@ -32,45 +32,40 @@ from tided.model.errors import Conflict, Refused
 from tided.model.ids import new_id
 from tided.model.records import (
     Capability,
-    Deployment,
-    DeploymentState,
-    Draft,
-    DraftOrigin,
     Job,
     JobKind,
-    JobResult,
     JobSpec,
     JobState,
     Needs,
 )
-from tided.services import gate
+from tided.services.canaries import Canaries
 from tided.services.context import Context
-from tided.services.deployer import Deployer
-from tided.services.pools import Head, Heads, Member, Pool
+from tided.services.finishing import Ending, Finishing
+from tided.services.pools import Heads, Member, Pool
 from tided.services.stock import Stock, Stockroom
 from tided.services.training_view import TrainingView, ripe_rows, rules_of, view_of
 
 STATE = "collection"
 
-_log = structlog.get_logger()
-
 
 class Dispatcher:
     """Runs Algorithm 1 for each target and turns its jobs into drafts."""
 
-    def __init__(self, context: Context, deployer: Deployer, heads: Heads) -> None:
+    def __init__(self, context: Context, heads: Heads, canaries: Canaries) -> None:
         self._context = context
-        self._deployer = deployer
         self._heads = heads
+        self._canaries = canaries
+        self._finishing = Finishing(context, canaries)
         self._stockroom = Stockroom(context)
 
     async def reap(self) -> list[Job]:
-        """Take back the jobs whose worker stopped renewing. Raises `Unavailable`, `Superseded`."""
+        """Take back the jobs whose worker stopped renewing, and tell of those that failed. Raises `Unavailable`, `Superseded`."""
         context = self._context
         reaped = await context.jobs.reap(context.leadership.require())
         for job in reaped:
-            kind = "job-failed" if job.state is JobState.FAILED else "job-requeued"
-            await context.announce(kind, job.id, job.error or f"attempt {job.attempt} was taken back")
+            kind = {JobState.FAILED: "job-failed", JobState.QUEUED: "job-requeued"}.get(job.state)
+            if kind is not None:  # that one was cancelled is in the audit
+                await context.announce(kind, job.id, job.error)
         return reaped
 
     async def current(self, target: str) -> Collection:
@@ -86,15 +81,17 @@ class Dispatcher:
     async def reconcile(self, pool: Pool, now_ms: int) -> TrainingView:
         """Take the target's training cycle one step further. Raises `Unavailable`, `Superseded`."""
         target = pool.digest
+        await self._canaries.tidy(pool)
         collection = await self.current(target)
         incumbent = await self._heads.incumbent(pool)
         collection, _ = await self._apply(pool, collection, DriftAnswered(now_ms, pool.answered))
         low = _low(pool, collection, incumbent)
+        drifts = collection.drifts
         collection, _ = await self._apply(pool, collection, TrendJudged(now_ms, low, _since_ms(pool, low)))
         stock = await self._stockroom.stock(target, collection.since_ms, pool.domain)
         settings = self._context.training_for(target)
-        if settings.enabled:
-            rows = ripe_rows(stock, settings, pool)
+        if settings.enabled and collection.drifts == drifts:  # the scout looks at a drift first
+            rows = ripe_rows(stock, settings, pool, now_ms)
             collection, _ = await self._apply(pool, collection, RowsStored(now_ms, rows))
         if collection.phase is Phase.TRAINING:
             collection = await self._training(pool, collection, stock, now_ms)
@@ -146,16 +143,16 @@ class Dispatcher:
             try:
                 await self._submitted(pool, collection, stock)
             except Refused as exc:
-                return await self._ended(pool, collection, None, Outcome.FAILED, str(exc), now_ms)
+                return await self._ended(pool, collection, None, Ending(Outcome.FAILED, str(exc)), now_ms)
             return collection
         match job.state:
             case JobState.QUEUED | JobState.RUNNING:
-                return collection
+                ending = None
             case JobState.FAILED | JobState.CANCELLED:
-                why = job.error or f"job {job.id} was {job.state}"
-                return await self._ended(pool, collection, job, Outcome.FAILED, why, now_ms)
+                ending = Ending(Outcome.FAILED, job.error or f"job {job.id} was {job.state}")
             case JobState.SUCCEEDED:
-                return await self._succeeded(pool, collection, job, now_ms)
+                ending = await self._finishing.reconcile(pool, job, now_ms)
+        return collection if ending is None else await self._ended(pool, collection, job, ending, now_ms)
 
     async def _submitted(self, pool: Pool, collection: Collection, stock: Stock) -> Job:
         context, target = self._context, pool.target
@@ -180,138 +177,22 @@ class Dispatcher:
             needs=Needs(settings.device, settings.devices, settings.memory_bytes),
         )
         failpoints.hit("dispatcher.submitting")
-        job = await context.jobs.submit(spec, context.leadership.require(), settings.max_attempts, collection.job)
+        job = await context.submit(spec, settings.max_attempts, collection.job)
         failpoints.hit("dispatcher.submitted")
         return job
 
-    async def _succeeded(self, pool: Pool, collection: Collection, job: Job, now_ms: int) -> Collection:
-        """The job gave a draft: store it, judge it, and follow its canary's deployment to the end."""
-        result = job.result
-        if result is None or result.incumbent is None or result.candidate is None:
-            why = f"job {job.id}: its result has no staged draft with two evaluations"
-            return await self._ended(pool, collection, job, Outcome.FAILED, why, now_ms)
-        decision = gate.judge(result.incumbent, result.candidate, self._context.config.gate)
-        canary = _canary(pool, job, result)
-        if canary is not None:
-            return await self._deployed(pool, collection, job, canary, decision, now_ms)
-        try:
-            draft = await self._stored(pool, job, result, now_ms)
-        except Refused as exc:
-            return await self._ended(pool, collection, job, Outcome.FAILED, str(exc), now_ms, decision.gain_share)
-        failpoints.hit("dispatcher.stored")
-        if decision.verdict is gate.Verdict.PASS:
-            return await self._deploying(pool, collection, job, draft, decision, now_ms)
-        await self._announce_gate(pool, draft, decision)
-        outcome = Outcome.WORSE if decision.verdict is gate.Verdict.FAIL else Outcome.UNDECIDED
-        return await self._ended(pool, collection, job, outcome, decision.reason, now_ms, decision.gain_share)
-
-    async def _deploying(
-        self, pool: Pool, collection: Collection, job: Job, draft: Draft, decision: gate.GateDecision, now_ms: int
-    ) -> Collection:
-        """Onto the busiest engine that serves what the gate compared with: there the watch says most, and soonest."""
-        if pool.hold:
-            return collection  # which draft shall serve is just being found out
-        fit = [member for member in pool.members if member.view.info.version == job.spec.draft]
-        if not fit:
-            serves = pool.members[0].view.info.version[:12] or "no draft"
-            why = f"{serves} is served now, the gate compared with {job.spec.draft[:12]}"
-            return await self._ended(pool, collection, job, Outcome.UNDECIDED, why, now_ms, decision.gain_share)
-        now_s = self._context.clock()
-        waiting, refused = False, ""
-        for member in sorted(fit, key=lambda member: -(member.view.tokens_per_s(now_s) or 0.0)):
-            try:
-                async with self._deployer.lock(member.view.engine):
-                    await self._deployer.begin(member.view, draft, "gate")
-            except Conflict:
-                waiting = True  # an operator's deployment is under way: it ends in a cycle to come
-            except Refused as exc:
-                refused = str(exc)
-            else:
-                await self._announce_gate(pool, draft, decision)
-                return collection
-        if waiting:
-            return collection
-        return await self._ended(pool, collection, job, Outcome.FAILED, refused, now_ms, decision.gain_share)
-
-    async def _deployed(
-        self,
-        pool: Pool,
-        collection: Collection,
-        job: Job,
-        deployment: Deployment,
-        decision: gate.GateDecision,
-        now_ms: int,
-    ) -> Collection:
-        if not deployment.state.final:
-            return collection
-        if deployment.state is DeploymentState.LIVE:
-            await self._heads.move(pool.digest, Head(deployment.version, deployment.created_ms))
-            why = f"{deployment.version[:12]} is live on {deployment.engine}"
-            return await self._ended(pool, collection, job, Outcome.DEPLOYED, why, now_ms, decision.gain_share)
-        blamed = (await anyio.to_thread.run_sync(self._context.drafts.get, deployment.version)).quarantined
-        outcome = Outcome.ROLLED_BACK if blamed else Outcome.FAILED
-        return await self._ended(pool, collection, job, outcome, deployment.error, now_ms, decision.gain_share)
-
     async def _ended(
-        self,
-        pool: Pool,
-        collection: Collection,
-        job: Job | None,
-        outcome: Outcome,
-        why: str,
-        now_ms: int,
-        gain: float = 1.0,
+        self, pool: Pool, collection: Collection, job: Job | None, ending: Ending, now_ms: int
     ) -> Collection:
-        """A cycle is over. Its samples go when they taught us something: consumed, a bounded part kept as replay.
-
-        `gain`: by which share the gate found the draft better; 1.0 where it was not asked.
-        """
-        if job is not None and outcome in (Outcome.DEPLOYED, Outcome.WORSE, Outcome.ROLLED_BACK):
+        """A cycle is over. Its samples go when they taught us something: consumed, a bounded part kept as replay."""
+        if job is not None and ending.outcome in (Outcome.DEPLOYED, Outcome.WORSE, Outcome.ROLLED_BACK):
             await self._stockroom.retire(pool.digest, job.spec.shards, pool.domain, pool.domains)
         failpoints.hit("dispatcher.retired")
-        await self._context.announce("training-ended", pool.target.name, f"{outcome}: {why}", job=collection.job)
-        after, _ = await self._apply(pool, collection, TrainingEnded(now_ms, outcome, gain, _worker_ms(job)))
+        message = f"{ending.outcome}: {ending.why}"
+        await self._context.announce("training-ended", pool.target.name, message, job=collection.job)
+        event = TrainingEnded(now_ms, ending.outcome, ending.gain, _worker_ms(job))
+        after, _ = await self._apply(pool, collection, event)
         return after
-
-    async def _stored(self, pool: Pool, job: Job, result: JobResult, now_ms: int) -> Draft:
-        """The job's draft in the store; the same record when it is there already."""
-        context = self._context
-
-        def add() -> Draft:
-            return context.drafts.add(
-                context.staged_dir(result.staged),
-                lineage=job.spec.lineage,
-                parent=job.spec.draft,
-                origin=DraftOrigin.TRAINED,
-                target=pool.target.info,
-                job=job.id,
-                evaluation=result.candidate,
-                now_ms=now_ms,
-            )
-
-        try:
-            return await anyio.to_thread.run_sync(context.drafts.get, result.version)
-        except Refused:
-            draft = await anyio.to_thread.run_sync(add)
-        if draft.version != result.version:
-            raise Refused(f"job {job.id}: staged draft is {draft.version[:12]}, its result says {result.version[:12]}")
-        await context.announce("draft-added", draft.version, f"{draft.lineage}@{draft.number} from job {job.id}")
-        return draft
-
-    async def _announce_gate(self, pool: Pool, draft: Draft, decision: gate.GateDecision) -> None:
-        await self._context.announce(
-            "gate-decided",
-            pool.target.name,
-            f"{draft.lineage}@{draft.number}: {decision.verdict}: {decision.reason}",
-            version=draft.version,
-            verdict=decision.verdict.value,
-            incumbent=round(decision.incumbent, 4),
-            candidate=round(decision.candidate, 4),
-            gain=round(decision.gain, 4),
-            lower=round(decision.lower, 4),
-            requests=decision.requests,
-            tokens=decision.tokens,
-        )
 
 
 def _low(pool: Pool, collection: Collection, incumbent: str) -> tuple[str, ...]:
@@ -331,22 +212,6 @@ def _since_ms(pool: Pool, low: tuple[str, ...]) -> int:
     return min((m.suspicion.onset_ms for m in pool.members if m.view.engine in low and m.suspicion.onset_ms), default=0)
 
 
-def _canary(pool: Pool, job: Job, result: JobResult) -> Deployment | None:
-    """The deployment of the job's draft onto one engine; of several (a canary that died), the one that got furthest."""
-    found = [
-        member.deployment
-        for member in pool.members
-        if member.deployment is not None
-        and member.deployment.version == result.version
-        and member.deployment.created_ms >= job.finished_ms
-    ]
-    return min(found, key=_progress, default=None)
-
-
 def _worker_ms(job: Job | None) -> int:
     """What its newest attempt took."""
     return max(job.finished_ms - job.started_ms, 0) if job is not None and job.started_ms else 0
-
-
-def _progress(deployment: Deployment) -> tuple[bool, bool]:
-    return deployment.state is not DeploymentState.LIVE, deployment.state.final

@@ -110,6 +110,9 @@ async def _tided(controller: Controller) -> list[Check]:
             "free space, or lower samples.max_bytes",
         )
     )
+    if context.config.storage.is_shared:
+        found, problem = await context.exchange.contents()
+        checks.append(_check("storage", not problem, problem or found, "check storage.url, and that it can be written"))
     return checks
 
 

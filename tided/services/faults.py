@@ -1,40 +1,45 @@
 """Is it the engine? Served acceptance held against what the same draft scores on samples of the same days, for each temperature.
 
 Acceptance falls with the traffic, which training mends, and with a fault of the engine, which it cannot: a wrong layer, a swap half
-applied, a sampler that throws accepted tokens away. When enough requests of a temperature have been served, a worker scores the draft
-that serves on what was captured of them: one temperature after the other, at most every `training.fault_check_s`, and at once when
-acceptance falls (`tided.policies.suspicion` decides). What contradicts the score is announced once and stays a warning until it agrees
+applied, a sampler that throws accepted tokens away. When enough requests of a temperature have been served, a worker scores the draft that
+serves on what was captured of them: one temperature after the other, at most every `training.fault_check_s`, and at once when acceptance
+falls (`tided.policies.suspicion` decides). After a fall the same job scores the pooled drafts of the target, too: if the answer is drift,
+`tided.services.scout` has all that it needs to choose. What contradicts the score is announced once and stays a warning until it agrees
 again; while it stands, or a fall is not explained, no training begins of itself. Engines that do not tell temperatures, or whose samples
 lack the last hidden state, cannot be judged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import anyio.to_thread
 
 from tided.model import failpoints
 from tided.model.ids import new_id
-from tided.model.records import Capability, DraftOrigin, JobKind, JobSpec, JobState
+from tided.model.records import Candidate, Capability, DraftOrigin, EngineInfo, JobKind, JobSpec, JobState
 from tided.policies import slices, suspicion
-from tided.policies.faults import MIN_PROMPTS, MIN_SCORED_STEPS, Comparison, Verdict
+from tided.policies.faults import Comparison, Verdict
 from tided.policies.slices import Served, Slice
-from tided.policies.suspicion import Cause, Expected, News, Rules, Suspicion, Wish
+from tided.policies.suspicion import TOKENS, Cause, Expected, News, Rules, Suspicion, Wish
 from tided.services.context import Context, Target
 from tided.services.monitor import EngineView
 from tided.store.samples import Shard, Split
 
 STATE = "fault"
 MAX_ATTEMPTS = 2
-AGAIN_MS = 10_000
+AGAIN_MS = 5_000
 """Between two scores of one question."""
+
+Rivals = Callable[[str, str, Sequence[EngineInfo]], Awaitable[tuple[Candidate, ...]]]
+"""Of a target, by digest: the drafts that all these engines could serve instead of a version."""
 
 
 class FaultWatch:
     """Keeps a `Suspicion` for each engine in the leader's state. `warnings` are for the status; `held` are the engines of which nothing
     can be said unless a token is drafted in every step for a while."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, rivals: Rivals) -> None:
         self._context = context
+        self._rivals = rivals
         self.warnings: dict[str, str] = {}
         self.held: set[str] = set()
 
@@ -62,13 +67,13 @@ class FaultWatch:
                 scores = result.candidate.sampling if result is not None and result.candidate is not None else ()
                 state, told = suspicion.judge(state, view.served, scores)
                 news += told
-        elif wanted is not None and (spec := await self._spec(view, target, wanted)):
+        elif wanted is not None and (spec := await self._spec(view, peers, target, wanted)):
             state = suspicion.asked(state, wanted, new_id("job"), now_ms)
             # The id first: a leader that goes on from here waits for this very job, or asks anew when it never came to be.
             await context.state.put(STATE, view.engine, state, context.leadership.require())
             before = state
             failpoints.hit("faults.submitting")
-            await context.jobs.submit(spec, context.leadership.require(), MAX_ATTEMPTS, state.job)
+            await context.submit(spec, MAX_ATTEMPTS, state.job)
         for item in news:
             await self._announce(view, peers, state, item)
         if state != before:
@@ -92,15 +97,20 @@ class FaultWatch:
         expected = (Expected.by_gate(evaluation),) if evaluation is not None and evaluation.tokens else ()
         return Suspicion(view.info.incarnation, view.version, expected=expected)
 
-    async def _spec(self, view: EngineView, target: Target, wanted: Wish) -> JobSpec | None:
+    async def _spec(
+        self, view: EngineView, peers: Sequence[EngineView], target: Target, wanted: Wish
+    ) -> JobSpec | None:
         """The score to ask for, if there are samples enough."""
         context = self._context
-        since_ms = wanted.since_ms + round(context.config.samples.shard_age_s * 1000)
-        shards = await anyio.to_thread.run_sync(self._samples, target.info.digest, view.engine, since_ms)
-        if sum(shard.runs for shard in shards) < MIN_PROMPTS or sum(s.scored for s in shards) < MIN_SCORED_STEPS:
+        shards = await anyio.to_thread.run_sync(self._samples, target.info.digest, view.engine, wanted.since_ms)
+        mix = view.served.mix()
+        if not wanted.ripe(sum(shard.runs for shard in shards), sum(shard.scored for shard in shards), mix):
             return None
-        draft = await self._context.find_draft(view.version)
-        return draft and JobSpec(
+        draft = await context.find_draft(view.version)
+        if draft is None:
+            return None
+        engines = [peer.info for peer in peers]
+        return JobSpec(
             kind=JobKind.SCORE,
             engine=view.engine,
             target=target.info.digest,
@@ -109,10 +119,11 @@ class FaultWatch:
             draft=draft.version,
             draft_dir=str(context.drafts.path(draft.version)),
             held_out=tuple(str(shard.path) for shard in shards),
-            gamma=view.info.gamma_max,
-            mix=view.served.mix(),
-            options={"held_out_tokens": wanted.tokens},
-            priority=self._context.priority_of(target.info.digest),
+            gamma=max(1, min(context.config.speculation.gamma_max, view.info.gamma_max)),
+            mix=mix,
+            candidates=await self._rivals(target.info.digest, draft.version, engines) if wanted.fallen else (),
+            options={"held_out_tokens": TOKENS},
+            priority=context.priority_of(target.info.digest),
         )
 
     def _samples(self, target: str, engine: str, since_ms: int) -> list[Shard]:
@@ -121,7 +132,7 @@ class FaultWatch:
         shards = [
             s for split in (Split.HELD_OUT, Split.TRAIN) for s in self._context.samples.shards(split, target, engine)
         ]
-        return [shard for shard in shards if shard.created_ms >= since_ms and shard.has_last]
+        return [shard for shard in shards if shard.since_ms >= since_ms and shard.has_last]
 
     async def _announce(self, view: EngineView, peers: Sequence[EngineView], state: Suspicion, news: News) -> None:
         context, found = self._context, news.found

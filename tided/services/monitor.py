@@ -16,9 +16,9 @@ from tided.backends.guarded import AbsentBackend
 from tided.backends.registry import backend_for
 from tided.config import TrainingConfig
 from tided.model.errors import Refused
-from tided.model.records import EngineInfo, Evaluation, Observation, RequestStats, StepCounts, TapTotals
+from tided.model.records import EngineInfo, Evaluation, Observation, RequestStats, ServedSums, StepCounts, TapTotals
 from tided.policies.faults import ServedClasses
-from tided.policies.speedup import Acceptance, expected_length
+from tided.policies.speedup import HALF_LIFE_TRIALS, Acceptance, expected_length
 from tided.policies.training import AcceptanceTrend, request_alpha
 from tided.store.engines import EngineStore
 
@@ -35,50 +35,33 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """One report's share of the rates: when it came, tokens emitted, request-steps that drafted, and their tokens."""
+    """One report's share of the rates: when it came, requests finished, tokens emitted, request-steps that drafted, and their tokens."""
 
     at_s: float
+    requests: int
     tokens: int
     spec_steps: int
     spec_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
-    """Finished requests that drafted, in request-steps and accepted tokens at the engine's gamma_max."""
-
-    requests: int = 0
-    steps: int = 0
-    accepted: float = 0.0
-
-
 @dataclass(slots=True)
-class Watch:
-    """What a version's requests accepted and the deployer has not been told of yet.
+class Meter:
+    """What the finished requests of one version accepted: all since it serves, and of late (a half-life in request-steps, as `live`).
 
-    Each request counts at `gamma`, whatever the policy let it draft (Eq. 2 at its own alpha), so that it compares with the
-    incumbent's acceptance at `gamma`.
+    Each request counts at `gamma`, whatever the policy let it draft (Eq. 2 at its own alpha), so that versions compare at `gamma`.
     """
 
     gamma: int
     version: str = ""
-    served: Served = field(default_factory=Served)
-
-    def reset(self, version: str) -> None:
-        self.version, self.served = version, Served()
+    total: ServedSums = field(default_factory=ServedSums)
+    recent: ServedSums = field(default_factory=ServedSums)
 
     def add(self, stats: RequestStats) -> None:
         alpha = request_alpha(stats)
         if alpha is not None and stats.version == self.version:
-            accepted = stats.spec_steps * (expected_length(alpha, self.gamma) - 1.0)
-            before = self.served
-            self.served = Served(before.requests + 1, before.steps + stats.spec_steps, before.accepted + accepted)
-
-    def take(self, version: str) -> Served:
-        """What came since the last call for `version`; starts anew when another was watched."""
-        served = self.served if version == self.version else Served()
-        self.reset(version)
-        return served
+            new = ServedSums.of(stats.spec_steps, stats.spec_steps * (expected_length(alpha, self.gamma) - 1.0))
+            self.total = self.total.plus(new)
+            self.recent = self.recent.plus(new, 0.5 ** (new.steps / HALF_LIFE_TRIALS))
 
 
 @dataclass(slots=True)
@@ -88,7 +71,7 @@ class EngineView:
     info: EngineInfo
     backend: Backend
     fresh_trend: AcceptanceTrend  # of a temperature that was not seen yet
-    watch: Watch
+    meter: Meter
     first_seen_s: float
     cursor: str = ""
     version: str = ""
@@ -143,7 +126,7 @@ class EngineView:
         """Count one report in."""
         self.running, self.waiting, self.tap = observation.running, observation.waiting, observation.tap
         self.last_report_s = now_s
-        self._rate(observation.steps, now_s)
+        self._rate(observation, now_s)
         if observation.version != self.version:
             # The report in which the version changed mixes both: its acceptance is nobody's.
             self.restart(observation.version)
@@ -153,7 +136,7 @@ class EngineView:
         self.prior = self.prior.faded(new.steps)
         self.measured += observation.steps
         for stats in observation.requests:
-            self.watch.add(stats)
+            self.meter.add(stats)
             if stats.version == self.version:
                 found = self.served.add(stats, observation.at_ms, self.info.capturing)
                 self.trends[found] = self.trends.get(found, self.fresh_trend).add(stats)
@@ -161,6 +144,7 @@ class EngineView:
     def restart(self, version: str) -> None:
         """Another version serves: forget the acceptance of the one before."""
         self.version, self.prior, self.live = version, Acceptance(), Acceptance()
+        self.meter = Meter(self.info.gamma_max, version)
         self.fresh_trend, self.expected = self.fresh_trend.restart(version), False
         if self.served.classes:
             self.before = self.served
@@ -182,23 +166,28 @@ class EngineView:
             return None
         return sum(part.tokens for part in self.slices) / min(RATE_WINDOW_S, max(1.0, now_s - self.first_seen_s))
 
+    def finished(self, now_s: float) -> int:
+        """Requests that ended in the last RATE_WINDOW_S."""
+        self._forget(now_s)
+        return sum(part.requests for part in self.slices)
+
     def accept_length(self, now_s: float) -> float | None:
         """Tokens a drafting request-step emitted over the last RATE_WINDOW_S, bonus token included; None if none drafted."""
         self._forget(now_s)
         steps = sum(part.spec_steps for part in self.slices)
         return sum(part.spec_tokens for part in self.slices) / steps if steps else None
 
-    def _rate(self, steps: tuple[StepCounts, ...], now_s: float) -> None:
+    def _rate(self, observation: Observation, now_s: float) -> None:
         tokens = spec_steps = spec_tokens = 0
-        for counts in steps:
+        for counts in observation.steps:
             emitted = sum((k + 1) * n for k, n in enumerate(counts.accepted))
             tokens += emitted
             if counts.gamma:
                 spec_steps += sum(counts.accepted)
                 spec_tokens += emitted
             self.batch_s[counts.batch] = self.batch_s.get(counts.batch, 0.0) + counts.seconds
-        if steps:
-            self.slices.append(_Slice(now_s, tokens, spec_steps, spec_tokens))
+        if observation.steps or observation.requests:
+            self.slices.append(_Slice(now_s, len(observation.requests), tokens, spec_steps, spec_tokens))
 
     def _forget(self, now_s: float) -> None:
         while self.slices and self.slices[0].at_s < now_s - RATE_WINDOW_S:
@@ -244,6 +233,6 @@ class Monitor:
             backend = backend_for(info, self._store)
         except Refused as exc:
             backend = AbsentBackend(info.engine, str(exc))
-        view = EngineView(info, backend, trend, Watch(info.gamma_max), now_s)
+        view = EngineView(info, backend, trend, Meter(info.gamma_max), now_s)
         view.restart(info.version)
         return view

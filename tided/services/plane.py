@@ -17,6 +17,7 @@ from tided.machine.collection import Phase, TrainingRequested
 from tided.model.errors import Conflict, NotFound, Refused, TideError, Unavailable
 from tided.model.ids import check_name
 from tided.model.records import (
+    Canary,
     Deployment,
     DeploymentState,
     Draft,
@@ -65,10 +66,11 @@ class ControlPlane:
         noted = (problem for source in told for problem in source.values())
         problems = [problem for problem in noted if problem]
         redis = controller.redis_problem or context.leadership.problem or "connected"
-        setting, engines, workers, jobs, pools = PolicySetting(), (), (), (), ()
+        setting, engines, workers, jobs, pools, canaries = PolicySetting(), (), (), (), (), ()
         try:
             setting = await context.state.policy()
             engines, workers, pools = await self.engines(), await self.workers(), await self.pools()
+            canaries = await self._canaries()
             jobs = tuple(await context.jobs.list(50, (JobState.QUEUED, JobState.RUNNING)))
         except Unavailable as exc:
             redis = str(exc)
@@ -91,11 +93,17 @@ class ControlPlane:
             drafts=len(await self.drafts()),
             problems=tuple(dict.fromkeys(problems)),
             pools=pools,
+            canaries=canaries,
         )
 
     async def engines(self) -> tuple[EngineStatus, ...]:
         views = sorted(self._controller.monitor.views.values(), key=lambda view: view.engine)
         return tuple([await self._engine_status(view) for view in views])
+
+    async def _canaries(self) -> tuple[Canary, ...]:
+        """Those under way, and how the newest of each target ended."""
+        found = [await self._controller.canaries.current(digest) for digest in self._context.targets]
+        return tuple(canary for canary in found if canary is not None)
 
     async def drafts(self) -> tuple[Draft, ...]:
         return tuple(await anyio.to_thread.run_sync(self._context.drafts.list))
@@ -169,7 +177,7 @@ class ControlPlane:
         async def do() -> tuple[Deployment, ...]:
             self._context.leadership.require()
             draft = await self.draft(ref)
-            views = [self._view(engine)] if engine else self._fitting(draft)
+            views = [self._view(engine)] if engine else await self._fitting(draft)
             begun = tuple([await self._begin(view, draft, "operator") for view in views])
             if engine is None:  # for those that come later, too
                 since_ms = min(deployment.created_ms for deployment in begun)
@@ -299,6 +307,7 @@ class ControlPlane:
         for name in engines:
             await purge.mark(context.redis, name)
         gone = await anyio.to_thread.run_sync(context.samples.purge, engine)
+        context.exchange.look()
         with anyio.move_on_after(PURGE_WAIT_S):
             for name in engines:
                 await self._discarded(name)
@@ -345,7 +354,9 @@ class ControlPlane:
             raise NotFound(f"no engine {engine} is connected: see `tidectl engines`")
         return views[engine]
 
-    def _fitting(self, draft: Draft) -> list[EngineView]:
+    async def _fitting(self, draft: Draft) -> list[EngineView]:
+        """The engines that can take a draft and neither serve it nor are on their way to it. Raises `Conflict` when one is on its way to
+        another: then nothing is begun anywhere."""
         fitting: list[EngineView] = []
         refusal: Refused | None = None
         for view in self._controller.monitor.views.values():
@@ -356,7 +367,18 @@ class ControlPlane:
                 refusal = exc
         if not fitting:
             raise refusal or NotFound("no engine is connected: see `tidectl engines`")
-        return [view for view in fitting if view.info.version != draft.version] or fitting
+        wanting: list[EngineView] = []
+        for view in fitting:
+            deployment = await self._controller.deployer.current(view.engine)
+            if deployment is None or deployment.state.final:
+                if view.info.version != draft.version:
+                    wanting.append(view)
+            elif deployment.version != draft.version:
+                raise Conflict(
+                    f"engine {view.engine}: deployment of {deployment.version[:12]} is under way ({deployment.state}); "
+                    f"wait for its end, or `tidectl drafts rollback {view.engine}` takes it back"
+                )
+        return wanting or fitting
 
     async def _begin(self, view: EngineView, draft: Draft, reason: str) -> Deployment:
         problem = self._controller.mismatch(view) or self._controller.selftest.refusal(view.info)

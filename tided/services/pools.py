@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from tided.model.errors import Refused
-from tided.model.records import Capability, Deployment, Draft
+from tided.model.records import Capability, Deployment, Draft, EngineInfo
 from tided.policies.suspicion import Suspicion
 from tided.services.context import Context, Target
 from tided.services.deployer import RESTART, ROLLBACK, check_fit, desired_version
@@ -62,6 +62,10 @@ class Pool:
         """Names of those whose acceptance has fallen, it is not known why."""
         return tuple(member.view.engine for member in self.members if member.suspicion.questioned)
 
+    def wary(self, now_ms: int) -> tuple[str, ...]:
+        """Names of those that may be asked about soon, or are."""
+        return tuple(member.view.engine for member in self.members if member.suspicion.wary(now_ms))
+
     @property
     def settled(self) -> bool:
         """Whether no deployment is under way."""
@@ -71,6 +75,10 @@ class Pool:
     def names(self) -> str:
         """Of its engines, as a job has them."""
         return ",".join(member.view.engine for member in self.members)
+
+    @property
+    def infos(self) -> tuple[EngineInfo, ...]:
+        return tuple(member.view.info for member in self.members)
 
     def drafted(self, most: int) -> int:
         """For how many drafted tokens a draft is trained and scored: what its engines can draft, in 1..`most`."""
@@ -117,8 +125,11 @@ class Heads:
         return await self._context.state.get(Head, STATE, target)
 
     async def incumbent(self, pool: Pool) -> str:
-        """The version that the pool's next draft is to be better than: the head where an engine serves it, else what most serve."""
-        served = Counter(member.view.info.version for member in pool.members)
+        """The version that the pool's next draft is to be better than: the head where an engine serves it, else what most serve.
+
+        What an engine serves on trial is nobody's incumbent: there it is what would be restored.
+        """
+        served = Counter(_settled_version(member) for member in pool.members)
         head = await self.current(pool.digest)
         draft = await self._good(head.version) if head is not None else None
         if draft is not None and draft.version in served:
@@ -151,3 +162,11 @@ class Heads:
         while draft is not None and draft.quarantined:
             draft = await self._context.find_draft(draft.parent)
         return draft
+
+
+def _settled_version(member: Member) -> str:
+    """What an engine serves for good, as far as that is known."""
+    deployment, version = member.deployment, member.view.info.version
+    if deployment is None or deployment.state.final or deployment.version != version:
+        return version
+    return deployment.previous or version

@@ -1,9 +1,10 @@
 """Which pooled draft the newest traffic wants: `tided.policies.domains` with its IO, for all engines of a target.
 
-After a drift, as soon as a few requests are in stock, one score job evaluates the draft that serves and those of all known domains on
-them, held-out and training side alike: what is that new was never trained on. If one surely accepts more than what serves (the gate's
-bootstrap, at a confidence that pays for the choice among several) it becomes the target's head at once, on all engines: it has served
-before, so it needs no canary. Its watch and the way back stay. Training waits for the answer, with a deadline, and goes on from it.
+After a drift the draft that serves and those of all known domains are judged on the newest requests, held-out and training side alike: what
+is that new was never trained on. As a rule the score that told the drift from a fault (`tided.services.faults`) says all of it; where
+nobody asked for one, a score job is submitted as soon as a few requests are in stock. If one draft surely accepts more than what serves
+(the gate's bootstrap, at a confidence that pays for the choice among several) it becomes the target's head at once, on all engines: it has
+served before, so it needs no canary. Its watch and the way back stay. Training waits for the answer, with a deadline, and goes on from it.
 
 While an engine drafts nothing, nobody sees what its draft would accept. The same job says so now and then, on states that are tapped for
 it: shadow acceptance. What the serving draft scores goes to the speculation policy as evidence, and a pooled draft can win there as well.
@@ -27,6 +28,7 @@ from tided.model.records import (
     DeploymentState,
     Draft,
     DraftOrigin,
+    EngineInfo,
     Evaluation,
     Job,
     JobKind,
@@ -161,9 +163,13 @@ class Scout:
         if scouting.stage is not Stage.IDLE or serving is None or not self._can_tap(pool):
             return scouting
         others = scouting.domains.others(serving.version) if self._enabled else ()
-        if drifted and others:
+        if drifted and await self._fitting(others, pool.infos):
+            unheard = any(member.suspicion.unheard for member in pool.members)
+            cause = Cause.UNANSWERED if unheard else Cause.DRIFT  # where nobody scores, training waits no longer
             # Samples of since the drift was noted, not since it was looked at: some may be there already.
-            return self._asking(scouting, Cause.DRIFT, collection.since_ms, now_ms)
+            asking = self._asking(scouting, cause, collection.since_ms, now_ms)
+            answer = await self._answer(pool, serving.version)
+            return replace(asking, stage=Stage.SCORING, job=answer, serving=serving.version) if answer else asking
         since_asked_ms, every_ms = now_ms - scouting.asked_ms, self._shadow_every_ms(pool)
         if every_ms and since_asked_ms >= every_ms:
             return self._asking(scouting, Cause.SHADOW, now_ms, now_ms)
@@ -181,6 +187,16 @@ class Scout:
             deadline_ms=deadline_ms,
             asked_ms=now_ms,
         )
+
+    async def _answer(self, pool: Pool, serving: str) -> str:
+        """The score that has said why acceptance fell, if it scored pooled drafts against the one that serves; or ""."""
+        for member in pool.members:
+            found = member.suspicion
+            if found.drifted and found.answered_by and found.version == serving:
+                job = await self._context.jobs.get(found.answered_by)
+                if job is not None and job.state is JobState.SUCCEEDED and job.spec.candidates:
+                    return job.id
+        return ""
 
     def _shadow_every_ms(self, pool: Pool) -> int:
         """How often to ask because an engine drafts nothing; 0 while none has done so for that long."""
@@ -234,7 +250,6 @@ class Scout:
     async def _submit(self, pool: Pool, scouting: Scouting, newest: Newest) -> None:
         context, target = self._context, pool.target
         others = scouting.domains.others(scouting.serving) if self._enabled else ()
-        candidates = [version for version in others if await self._fits(pool, version)]
         # A prompt is scored whole: enough tokens that there are enough of them.
         tokens = max(SCORED_TOKENS, round(2 * context.config.pool.min_requests * newest.tokens_per_request))
         spec = JobSpec(
@@ -247,11 +262,11 @@ class Scout:
             draft_dir=str(context.drafts.path(scouting.serving)),
             held_out=newest.shards,
             gamma=pool.drafted(context.config.speculation.gamma_max),
-            candidates=tuple(Candidate(version, str(context.drafts.path(version))) for version in candidates),
+            candidates=await self._fitting(others, pool.infos),
             options={"held_out_tokens": tokens},
             priority=self._context.priority_of(target.info.digest),
         )
-        await context.jobs.submit(spec, context.leadership.require(), MAX_ATTEMPTS, scouting.job)
+        await context.submit(spec, MAX_ATTEMPTS, scouting.job)
 
     async def _scoring(self, pool: Pool, scouting: Scouting, now_ms: int) -> Scouting:
         job = await self._context.jobs.get(scouting.job)
@@ -362,14 +377,25 @@ class Scout:
 
     # --- drafts ---
 
-    async def _fits(self, pool: Pool, version: str) -> bool:
+    async def rivals(self, target: str, serving: str, engines: Sequence[EngineInfo]) -> tuple[Candidate, ...]:
+        """The pooled drafts of a target, by digest, that all these engines could serve instead of `serving`."""
+        domains = (await self.current(target)).domains
+        return await self._fitting(domains.others(serving) if self._enabled else (), engines)
+
+    async def _fitting(self, versions: Sequence[str], engines: Sequence[EngineInfo]) -> tuple[Candidate, ...]:
+        path = self._context.drafts.path
+        return tuple(
+            [Candidate(version, str(path(version))) for version in versions if await self._fits(version, engines)]
+        )
+
+    async def _fits(self, version: str, engines: Sequence[EngineInfo]) -> bool:
         """Whether every engine could take it."""
         draft = await self._context.find_draft(version)
-        if draft is None:
+        if draft is None or draft.quarantined:
             return False
         try:
-            for member in pool.members:
-                check_fit(member.view.info, draft)
+            for info in engines:
+                check_fit(info, draft)
         except Refused:
             return False
         return True

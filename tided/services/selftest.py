@@ -230,14 +230,13 @@ class SelfTest:
                 options={"lengths": [len(ids) for ids in tokens]},
                 priority=context.priority_of(target.digest),
             )
-            epoch = context.leadership.require()
-            job = await context.jobs.submit(spec, epoch, context.training_for(target.digest).max_attempts, job_id)
+            job = await context.submit(spec, context.training_for(target.digest).max_attempts, job_id)
         if job.state in (JobState.FAILED, JobState.CANCELLED):
             raise Refused(f"the reference states could not be made: {job.error or f'job {job.id} was {job.state}'}")
         if job.state is not JobState.SUCCEEDED or job.result is None:
             return None
-        staged = context.staged_dir(job.result.staged)
-        return await anyio.to_thread.run_sync(self._references.add, target.digest, target.vocab, staged)
+        staged = context.exchange.taken(job.result)
+        return staged and await anyio.to_thread.run_sync(self._references.add, target.digest, target.vocab, staged)
 
     async def _probing(self, view: EngineView, verdict: Verification, now_ms: int, done: list[str]) -> Verification:
         info, context = view.info, self._context

@@ -35,10 +35,10 @@ def rules_of(settings: TrainingConfig) -> CollectionRules:
     )
 
 
-def ripe_rows(stock: Stock, settings: TrainingConfig, pool: Pool) -> int:
+def ripe_rows(stock: Stock, settings: TrainingConfig, pool: Pool, now_ms: int) -> int:
     """Rows as the machine may count them: below its threshold until the gate could judge what comes out, and while something speaks
     against any training."""
-    ripe = stock.judgeable and not hindrance(pool)
+    ripe = stock.judgeable and not hindrance(pool, now_ms)
     return stock.fresh_rows if ripe else min(stock.fresh_rows, settings.min_rows - 1)
 
 
@@ -47,12 +47,12 @@ def view_of(
 ) -> TrainingView:
     """`pool` None: of a target that this tided does not reconcile."""
     # Without samples nobody can say whether an engine is at fault, or no more.
-    asked = pool is not None and bool(pool.suspected or pool.questioned)
+    asked = pool is not None and bool(pool.suspected or pool.wary(now_ms))
     capture = settings.enabled and (asked or machine.capture_wanted(collection, rules_of(settings)))
     if not settings.enabled:
         return TrainingView(collection, stock, capture, "training is disabled in the configuration")
     reason = _reason(collection, stock, settings, now_ms)
-    against = hindrance(pool) if pool is not None else ""
+    against = hindrance(pool, now_ms) if pool is not None else ""
     if collection.phase is not Phase.TRAINING and against:
         reason += f", not training {against}"
     return TrainingView(collection, stock, capture, reason)
@@ -78,10 +78,12 @@ def _reason(collection: Collection, stock: Stock, settings: TrainingConfig, now_
             return f"{reason}, {over}" if over else reason
 
 
-def hindrance(pool: Pool) -> str:
+def hindrance(pool: Pool, now_ms: int) -> str:
     """Until or while what no training may begin, or "": what a suspected engine serves badly, no training mends."""
     if pool.suspected:
         return f"while a fault of {', '.join(pool.suspected)} is suspected"
     if pool.questioned:
         return f"until a score says why the acceptance of {', '.join(pool.questioned)} has fallen"
+    if wary := pool.wary(now_ms):
+        return f"until it is sure whether the acceptance of {', '.join(wary)} falls"
     return f"while {pool.hold}" if pool.hold else ""

@@ -23,6 +23,10 @@ class ReferenceStore:
         found = reference.read(path)
         return found if _is_of(found, digest, vocab) else None
 
+    def has(self, digest: str) -> bool:
+        """Whether there is any reference of the target."""
+        return self._path(digest).is_file()
+
     def add(self, digest: str, vocab: int, staged: Path) -> Reference:
         """Take what a job staged into the store. Raises `Refused` if it is not this target's."""
         if not _is_of(reference.read(staged), digest, vocab):

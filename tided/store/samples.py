@@ -91,6 +91,7 @@ class Shard:
     target: str
     has_last: bool
     created_ms: int
+    since_ms: int  # all its requests ended later; 0: not known
     rows: int
     runs: int
     scored: int  # rows that an evaluation counts: the others are prompts
@@ -180,10 +181,11 @@ class SampleStore:
         batch: Mapping[Source, Sequence[Run]],
         receipt: Any,
         aside: Mapping[Source, Sequence[Run]] | None = None,
+        age_s: float = 0.0,
     ) -> Commit:
         """Make `batch` durable together with `receipt` (plain data), all or nothing. `publish` makes it visible.
 
-        Runs in `aside` go to `Split.ASIDE`, whatever their prompt.
+        Runs in `aside` go to `Split.ASIDE`, whatever their prompt. `age_s`: how long ago the first request ended.
         """
         name = new_id("commit")
         temporary, final = self._staging / f"tmp-{name}", self._staging / name
@@ -193,9 +195,9 @@ class SampleStore:
                 for split in (Split.TRAIN, Split.HELD_OUT):
                     chosen = [run for run in runs if self.split_of(run.group) is split]
                     if chosen:
-                        _write_shard(temporary / f"{split}.{new_id('s')}.safetensors", source, chosen)
+                        _write_shard(temporary / f"{split}.{new_id('s')}.safetensors", source, chosen, age_s)
             for source, runs in (aside or {}).items():
-                _write_shard(temporary / f"{Split.ASIDE}.{new_id('s')}.safetensors", source, runs)
+                _write_shard(temporary / f"{Split.ASIDE}.{new_id('s')}.safetensors", source, runs, age_s)
             for path in temporary.iterdir():
                 path.chmod(0o600)
             _write_durably(temporary / "receipt.json", json.dumps(receipt).encode())
@@ -397,6 +399,7 @@ def _describe(path: Path, split: Split) -> Shard:
             target=meta["target"],
             has_last=meta["has_last"] == "1",
             created_ms=int(meta["created_ms"]),
+            since_ms=int(meta.get("since_ms", "0")),
             rows=header.entries["states"].shape[0],
             runs=header.entries["run_rows"].shape[0],
             scored=int(meta["scored"]),
@@ -406,8 +409,9 @@ def _describe(path: Path, split: Split) -> Shard:
         raise Refused(f"{path}: not a shard of schema {SCHEMA}; move it away") from exc
 
 
-def _write_shard(path: Path, source: Source, runs: Sequence[Run]) -> None:
+def _write_shard(path: Path, source: Source, runs: Sequence[Run], age_s: float) -> None:
     """Write one shard, fsynced. Byte order of ids and states is little-endian, as safetensors has it."""
+    now_ms = time.time_ns() // 1_000_000
     states = np.concatenate([part for run in runs for part in run.states])
     tensors: dict[str, NDArray[Any]] = {
         "states": states,
@@ -423,7 +427,8 @@ def _write_shard(path: Path, source: Source, runs: Sequence[Run]) -> None:
         "engine": source.engine,
         "target": source.target,
         "has_last": "1" if source.has_last else "0",
-        "created_ms": str(time.time_ns() // 1_000_000),
+        "created_ms": str(now_ms),
+        "since_ms": str(now_ms - round(age_s * 1000)),
         "requests": json.dumps([run.request for run in runs]),
         "scored": str(sum(_scored(run) for run in runs)),
     }

@@ -85,6 +85,7 @@ class Loop:
     checkpoint: Path
     job: str
     ranks: Ranks = field(default_factory=Ranks)
+    clock: Callable[[], float] = time.monotonic  # seconds: what a budget is of
 
     at: Standing = field(default_factory=Standing)
     losses: list[float] = field(default_factory=list)
@@ -104,22 +105,22 @@ class Loop:
         order = Order(self.fresh, self.replay, options, self.ranks.rank, self.ranks.count)
         plan = order.planned_tokens()
         sampler = CandidateSampler([*self.fresh, *self.replay], self.frozen, options.negatives, options.seed)
-        began = time.monotonic() - self.at.elapsed_s
+        began = self.clock() - self.at.elapsed_s
         checked = saved = self.at.elapsed_s
         with closing(prefetched(order.batches(self.at.steps))) as batches:
             for batch in batches:
-                now = time.monotonic()
+                now = self.clock()
                 self.at.elapsed_s = self.ranks.told(now - began)
                 if self.at.elapsed_s >= budget_s or self.at.stale >= options.patience:
                     break
                 fraction = max(self.at.tokens / plan, self.at.elapsed_s / budget_s)
                 loss = self._loss(objective, batch, sampler.draw(self.at.steps))
                 optimizer.step(fraction)
-                self._account(batch, loss, time.monotonic() - now)
+                self._account(batch, loss, self.clock() - now)
                 self._tell(loss, fraction)
                 if self.validation and self.at.elapsed_s - checked >= options.validation_interval_s:
                     kept = self._select(objective, kept)
-                    checked = self.ranks.told(time.monotonic() - began)
+                    checked = self.ranks.told(self.clock() - began)
                 if self.at.elapsed_s - saved >= options.checkpoint_interval_s:
                     self._save(optimizer, kept)
                     saved = self.at.elapsed_s

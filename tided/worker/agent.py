@@ -34,11 +34,13 @@ from tided.store.workers import Beat, WorkerStore
 from tided.wire.notify import notify
 from tided.worker.attempt import Attempt
 from tided.worker.settings import WorkerSettings
+from tided.worker.staging import CACHE_DIR, Staging
 
 POLL_S = 0.5
 EXIT_CONFIG = 2
 """The unit does not restart after it: nothing would change."""
 STAGED_KEPT = 8
+DROP_EVERY_S = 10.0
 SLOTS = ((JobKind.TRAIN,), (JobKind.SCORE, JobKind.REFERENCE))
 
 _log = structlog.get_logger()
@@ -52,6 +54,7 @@ class Agent:
         self._redis = connect(settings.redis_url)
         self._jobs = JobStore(self._redis, settings.lease_s, settings.keep_s)
         self._workers = WorkerStore(self._redis, settings.heartbeat_ttl_s)
+        self._staging = Staging.of(settings)
         self._incarnation = new_id("worker")
         self._stop = anyio.Event()
         self._give_back = anyio.Event()
@@ -71,6 +74,7 @@ class Agent:
                 background.start_soon(self._heed_signals)
                 background.start_soon(self._beat)
                 background.start_soon(self._time_drain)
+                background.start_soon(self._drop_old_samples)
                 async with anyio.create_task_group() as slots:
                     for kinds in SLOTS:
                         served = [kind for kind in kinds if kind in self._settings.kinds]
@@ -111,7 +115,7 @@ class Agent:
             kind = claim.job.spec.kind
             self._running[kind] = claim.job.id
             try:
-                attempt = Attempt(self._jobs, claim, self._settings, self._give_back, claimed_s)
+                attempt = Attempt(self._jobs, claim, self._settings, self._staging, self._give_back, claimed_s)
                 await attempt.run()
             finally:
                 del self._running[kind]
@@ -134,6 +138,15 @@ class Agent:
 
     async def _sweep(self) -> None:
         await anyio.to_thread.run_sync(_remove_old, self._settings.work_dir, frozenset(self._running.values()))
+
+    async def _drop_old_samples(self) -> None:
+        """What is gone from the shared storage goes here too: samples are as private as prompts."""
+        while self._staging is not None:
+            try:
+                await anyio.to_thread.run_sync(self._staging.drop_old_samples)
+            except TideError as exc:
+                _log.warning("storage-unavailable", why=str(exc))
+            await anyio.sleep(DROP_EVERY_S)
 
     async def _beat(self) -> None:
         """Heartbeats, for ever; while Redis is away, attempts to come back."""
@@ -208,7 +221,7 @@ def _remove_old(work_dir: Path, running: frozenset[str]) -> None:
     """Keep what the newest jobs staged. By count, not by age: jobs come from a leader, which takes a result before it asks for more."""
     if not work_dir.is_dir():
         return
-    done = [path for path in work_dir.iterdir() if path.is_dir() and path.name not in running]
+    done = [path for path in work_dir.iterdir() if path.is_dir() and path.name not in running | {CACHE_DIR}]
     for job_dir in sorted(done, key=lambda path: path.name, reverse=True)[STAGED_KEPT:]:
         shutil.rmtree(job_dir, ignore_errors=True)
 
@@ -220,7 +233,11 @@ def parse_settings(argv: Sequence[str]) -> WorkerSettings:
     parser.add_argument("--redis", dest="redis_url", help="unix://PATH, redis://HOST or rediss://HOST")
     parser.add_argument("--name", help="unique among workers")
     parser.add_argument("--kinds", help="comma-separated: train, score, reference")
-    parser.add_argument("--work-dir", type=Path, help="for attempts; tided must be able to read it")
+    parser.add_argument("--work-dir", type=Path, help="for attempts; without --storage tided must be able to read it")
+    parser.add_argument("--storage", dest="storage_url", help="the shared storage, where this host has no --config")
+    parser.add_argument(
+        "--target", dest="targets", action="append", type=Path, help="with --storage: a target's directory here"
+    )
     parser.add_argument("--threads", type=int, help="of each trainer")
     parser.add_argument("--device", help="cpu, cuda or cuda:N")
     parser.add_argument("--devices", type=int, help="a training runs on so many, by torchrun")
@@ -236,6 +253,7 @@ def parse_settings(argv: Sequence[str]) -> WorkerSettings:
     values |= given
     if "redis_url" not in values:
         raise ConfigError("tide-worker: give --config FILE, or --redis URL")
+    values["targets"] = tuple(values.get("targets", ()))
     values.setdefault("work_dir", Path("build/work") / values["name"])
     try:
         values["name"] = check_name(values["name"], "worker")
@@ -264,6 +282,10 @@ def _from_config(config: configuration.Config) -> dict[str, Any]:
         "drain_s": worker.drain_s,
         "lease_s": config.jobs.lease_s,
         "keep_s": config.jobs.keep_s,
+        "storage_url": config.storage.url.get_secret_value(),
+        "storage_options": config.storage.options,
+        "cache_bytes": config.storage.cache_bytes,
+        "targets": tuple(target.path for target in config.target),
     }
 
 

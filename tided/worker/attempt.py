@@ -19,6 +19,7 @@ from tided.store.lease import MARGIN, boottime_s
 from tided.worker import leftovers
 from tided.worker.process import TrainerProcess, describe_exit
 from tided.worker.settings import WorkerSettings, trainer_environment
+from tided.worker.staging import Staging
 
 RENEW_S = 1.0
 RETRY_S = 0.5
@@ -60,14 +61,22 @@ Outcome = Succeeded | Failed | Cancelled | LeaseLost | GivenBack
 
 
 class Attempt:
-    """`claimed_s`: `boottime_s` from before the claim was sent. `give_back` set: stop, and return the job to the queue."""
+    """`claimed_s`: `boottime_s` from before the claim was sent. `give_back` set: stop, and return the job to the queue. `staging` None: the
+    job's paths are this host's too."""
 
     def __init__(
-        self, jobs: JobStore, claim: Claim, settings: WorkerSettings, give_back: anyio.Event, claimed_s: float
+        self,
+        jobs: JobStore,
+        claim: Claim,
+        settings: WorkerSettings,
+        staging: Staging | None,
+        give_back: anyio.Event,
+        claimed_s: float,
     ) -> None:
         self._jobs = jobs
         self._claim = claim
         self._settings = settings
+        self._staging = staging
         self._give_back = give_back
         self._usable_s = jobs.lease_s * (1 - MARGIN)
         self._until_s = claimed_s + self._usable_s
@@ -94,26 +103,10 @@ class Attempt:
                 await anyio.to_thread.run_sync(self._tidy, outcome)
 
     async def _work(self) -> Outcome:
-        try:
-            argv = await anyio.to_thread.run_sync(self._prepare)
-            environment = trainer_environment(os.environ, self._settings.threads)
-            trainer = await TrainerProcess.start(argv, environment, self._settings.nice)
-        except Unavailable as exc:
-            return Failed(str(exc), retryable=True)
-        try:
-            async with anyio.create_task_group() as group:
-                group.start_soon(trainer.watch_stderr)
-                for ending in (self._follow(trainer), self._hold_lease(), self._heed_give_back()):
-                    group.start_soon(self._until_over, ending, group.cancel_scope)
-        finally:
-            with anyio.CancelScope(shield=True):
-                async with anyio.create_task_group() as closing:
-                    closing.start_soon(self._hold_lease)  # the end may take longer than what is left of the lease
-                    await trainer.kill()
-                    closing.cancel_scope.cancel()
+        async with anyio.create_task_group() as group:
+            for ending in (self._carry_out(), self._hold_lease(), self._heed_give_back()):
+                group.start_soon(self._until_over, ending, group.cancel_scope)
         assert self._outcome is not None
-        if isinstance(self._outcome, Failed) and trainer.stderr_tail:
-            self._log.warning("trainer-stderr", tail=list(trainer.stderr_tail))
         return self._outcome
 
     async def _until_over(self, ending: Awaitable[Outcome], scope: anyio.CancelScope) -> None:
@@ -122,20 +115,58 @@ class Attempt:
             self._outcome = outcome
             scope.cancel()
 
-    def _prepare(self) -> list[str]:
+    # --- the job itself ---
+
+    async def _carry_out(self) -> Outcome:
+        """Stage what the job needs, run the trainer, upload what it gave."""
+        staging, spec = self._staging, self._claim.job.spec
+        try:
+            if staging is None:
+                return await self._train(shared(spec))
+            with staging.holding(spec):
+                outcome = await self._train(await anyio.to_thread.run_sync(staging.localise, spec))
+                if isinstance(outcome, Succeeded) and outcome.result.staged:
+                    outcome = Succeeded(await anyio.to_thread.run_sync(staging.upload, spec.kind, outcome.result))
+                return outcome
+        except Unavailable as exc:
+            return Failed(str(exc), retryable=True)
+        except Refused as exc:
+            return Failed(str(exc), retryable=False)
+
+    async def _train(self, spec: JobSpec) -> Outcome:
+        argv = await anyio.to_thread.run_sync(self._prepare, spec)
+        environment = trainer_environment(os.environ, self._settings.threads)
+        trainer = await TrainerProcess.start(argv, environment, self._settings.nice)
+        outcome: Outcome | None = None
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(trainer.watch_stderr)
+                outcome = await self._follow(trainer)
+                group.cancel_scope.cancel()
+        finally:
+            with anyio.CancelScope(shield=True):
+                async with anyio.create_task_group() as closing:
+                    closing.start_soon(self._hold_lease)  # the end may take longer than what is left of the lease
+                    await trainer.kill()
+                    closing.cancel_scope.cancel()
+        assert outcome is not None
+        if isinstance(outcome, Failed) and trainer.stderr_tail:
+            self._log.warning("trainer-stderr", tail=list(trainer.stderr_tail))
+        return outcome
+
+    def _prepare(self, spec: JobSpec) -> list[str]:
         spec_file = self._directory / "spec.json"
         try:
             self._directory.mkdir(parents=True)
-            spec_file.write_text(json.dumps(to_plain(on_this_host(self._claim.job.spec, self._settings))))
-            if self._claim.job.spec.kind is JobKind.TRAIN and leftovers.take_up(self._directory):
+            spec_file.write_text(json.dumps(to_plain(on_this_host(spec, self._settings))))
+            if spec.kind is JobKind.TRAIN and leftovers.take_up(self._directory):
                 self._log.info("attempt-resumes")
         except OSError as exc:
             raise Unavailable(
                 f"{self._directory}: cannot be written ({exc.strerror}); free space on the worker"
             ) from exc
-        kind = self._claim.job.spec.kind
-        command = self._settings.command(kind)
-        return [*command, kind.value, str(spec_file), "--out", str(self._directory), "--with-parent"]
+        command = self._settings.command(spec.kind)
+        return [*command, spec.kind.value, str(spec_file), "--out", str(self._directory), "--with-parent"]
 
     # --- the three ways in which it can be over: the trainer, the lease, the agent ---
 
@@ -234,7 +265,7 @@ class Attempt:
         match outcome:
             case Succeeded(result):
                 leftovers.remove_others(self._directory)
-                keep = bool(result.staged)
+                keep = bool(result.staged) and not result.objects
             case GivenBack() | LeaseLost() | Failed(retryable=True):
                 keep = leftovers.may_resume(self._directory)
             case Failed() | Cancelled():
@@ -257,6 +288,15 @@ class Attempt:
                 await self._jobs.release(self._claim)
             case LeaseLost():
                 pass
+
+
+def shared(spec: JobSpec) -> JobSpec:
+    """The job as it is, for a worker that shares a filesystem with tided. Raises `Unavailable` when its tided has another storage."""
+    if spec.objects:
+        raise Unavailable(
+            "the job's samples are in a shared storage, and this worker has none: set storage.url, or --storage"
+        )
+    return spec
 
 
 def on_this_host(spec: JobSpec, settings: WorkerSettings) -> JobSpec:

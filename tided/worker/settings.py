@@ -3,8 +3,9 @@
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tided.machine.placement import Capacity
 from tided.model.records import JobKind
@@ -38,6 +39,7 @@ class WorkerSettings:
     """`cpus`: cores for the agent and its trainers (none: all). `nice`: of the trainers. `trainer`: a Python program, before the kind.
 
     `devices`: a training has a process for each; `memory_bytes`: of each, 0 if not known.
+    `storage_url` empty: this host sees tided's directories under the same path. Else `targets` are where the targets are on this host.
     """
 
     redis_url: str
@@ -56,6 +58,10 @@ class WorkerSettings:
     heartbeat_ttl_s: float = 10.0
     silence_s: float = 120.0  # a trainer that says nothing for so long hangs
     trainer: tuple[str, ...] = TRAINER
+    storage_url: str = ""
+    storage_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    cache_bytes: int = 8 << 30
+    targets: tuple[Path, ...] = ()
 
     def capacity(self, rate: float) -> Capacity:
         """What the worker has. `rate`: of its newest training, in tokens/s."""

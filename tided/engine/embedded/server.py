@@ -29,6 +29,7 @@ from tided.engine.embedded.drafter import Drafter
 from tided.engine.embedded.scheduler import Scheduler
 from tided.engine.embedded.target import Target
 from tided.engine.embedded.text import Tokens
+from tided.engine.fetch import cache_dir
 from tided.engine.publisher import Publisher
 from tided.engine.tap import Tap, TapSettings
 from tided.model.errors import Refused, TideError
@@ -202,6 +203,7 @@ class Engine:
                 self._control,
                 self._tap,
                 report_interval_s=settings.report_interval_s,
+                drafts_dir=cache_dir(settings.engine_id),
             )
         api = Api(self._scheduler, self._control, Tokens(settings.model), admin=settings.admin)
         self._server = _Server(

@@ -9,6 +9,7 @@ from typing import Any
 from tided.draft.target import TargetShape, describe
 from tided.engine.agent import EngineAgent
 from tided.engine.boundary import Boundary
+from tided.engine.fetch import cache_dir
 from tided.engine.plugin import Faults, PluginSettings
 from tided.engine.publisher import Publisher
 from tided.engine.sglang.control import Limits, SglangControl
@@ -96,6 +97,7 @@ class Runtime:
             self._control,
             tap,
             report_interval_s=self._settings.report_interval_s,
+            drafts_dir=cache_dir(settings.engine),
         )
         self._publisher.start()
         self._agent.start()

@@ -10,6 +10,7 @@ from typing import Any
 
 from tided.draft.target import describe
 from tided.engine.agent import EngineAgent
+from tided.engine.fetch import cache_dir
 from tided.engine.plugin import Faults
 from tided.engine.tap import TapSettings
 from tided.engine.vllm import worker
@@ -99,6 +100,7 @@ class Session:
             self._control,
             self._tap,
             report_interval_s=settings.plugin.report_interval_s,
+            drafts_dir=cache_dir(engine),
         )
         self._agent.start()
         for rank in ranks:
