@@ -10,7 +10,7 @@ MODEL := build/models/smollm2
 HOST_PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 
-.PHONY: help setup model demo run engines test lint format bench bench-shift bench-loop bench-engines bench-policy bench-hetero bench-training benchmarks clean
+.PHONY: help setup model demo run engines test lint format bench bench-shift bench-loop bench-engines bench-policy bench-hetero bench-training bench-scale benchmarks clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -68,6 +68,9 @@ bench-engines: model engines ## real vLLM and SGLang servers: tap, swaps, cost, 
 
 bench-policy: model ## policies over generated and recorded traffic in virtual time; what a decision costs; what a draft forgets
 	@$(PY) -m bench policy forgetting
+
+bench-scale: model ## two hundred workers, a hundred engines, ten thousand jobs; the data plane: one, two shards, shared memory (a quarter of an hour)
+	@$(PY) -m bench scale-all
 
 bench-hetero: model ## one core that trains for another against two that serve, and with a quarter of a core; two parts of 20 minutes
 	@$(PY) -m bench hetero

@@ -1,6 +1,6 @@
 """`python -m bench NAME...`: runs benches one after another, each in a process of its own.
 
-`all`, `loop`, `engines` and `training` are groups.
+`all`, `loop`, `engines`, `training` and `scale-all` are groups.
 
 Those of group `engines` need the environments of `make engines`, `peers` that of `engines/build.py speculators`.
 """
@@ -23,8 +23,9 @@ ENGINES = (
     "engines.recurring",
 )
 TRAINING = ("recompute", "storage", "peers")
-ALL = (*LOOP, "dataplane", "storage", "policy", "forgetting", "hetero", "shift")
-GROUPS = {"all": ALL, "loop": LOOP, "engines": ENGINES, "training": TRAINING}
+SCALE = ("scale", "dataplane")
+ALL = (*LOOP, *SCALE, "storage", "policy", "forgetting", "hetero", "shift")
+GROUPS = {"all": ALL, "loop": LOOP, "engines": ENGINES, "training": TRAINING, "scale-all": SCALE}
 
 
 def main() -> None:

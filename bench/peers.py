@@ -4,8 +4,9 @@
 is one of these trainings, each with every seed, the seeds one after the other:
 
     defaults  `speculators` with its own defaults, but packs of two runs: its 8,192 rows would give it two steps an epoch of these samples,
-              and with 1,024 it reached 1.21 where it reached more than 1.66 with these (one seed)
-    settings  `speculators` with our settings, as far as it has them: our version 0 to begin with, AdamW, loss, schedule and step weights
+              and with 1,024 it reached 1.21 where it reached 1.94 with these (one seed)
+    settings  `speculators` with our settings, as far as it has them: our version 0 to begin with, AdamW, loss, schedule, step weights,
+              and packs of one run
     tokens    ours with as many passes as its epochs
     time      ours with as many seconds as the faster of its two took
 
@@ -210,7 +211,7 @@ class Done:
     def read(self, arm: str, seed: int) -> list[dict[str, Any]] | None:
         """What `Bench.training` gave; None when it has not run."""
         part = self._parts[arm].read(f"{arm}-{seed}")
-        return part and part["epochs"]
+        return None if part is None else part["epochs"]
 
     def write(self, arm: str, seed: int, epochs: list[dict[str, Any]]) -> None:
         """Keep it."""

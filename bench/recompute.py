@@ -60,7 +60,7 @@ def main() -> None:
         states = list(chosen.states(runs))
         _write(states, report.BENCH_DIR / "recompute-states.safetensors")
         forward_s.append(time.process_time() - began)
-        apart = max(apart, _apart(states, runs))
+        apart = max(apart, distance(states, runs))
         (standing, _) = cold.train(first, runs, frozen, {"passes": EPOCHS}, GAMMA)[-1]
         training_s.append(standing.seconds)
         tokens.append(standing.tokens)
@@ -107,7 +107,7 @@ def _write(states: Sequence[tuple[int, Array]], path: Path) -> None:
     path.unlink()
 
 
-def _apart(states: Sequence[tuple[int, Array]], runs: Sequence[Run]) -> float:
+def distance(states: Sequence[tuple[int, Array]], runs: Sequence[Run]) -> float:
     """Median over the rows of the relative distance of recomputed states from the tapped ones: that they are the same."""
     distances = list[Array]()
     for i, array in states:

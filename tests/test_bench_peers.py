@@ -98,6 +98,17 @@ def test_a_timed_training_counts_each_pass(draft_dir: Path, target_dir: Path, tm
     assert not torch.equal(early.fc.weight, draft.fc.weight)
 
 
+def test_recomputed_states_are_those_that_a_tap_gives(target_dir: Path, tmp_path: Path) -> None:
+    runs = read_shard(
+        write_shard(tmp_path / "a.safetensors", greedy_samples(target_dir, prompts(18, VOCAB), 4)), HIDDEN
+    )
+    states = list(recompute.Target(target_dir, torch.float32).states(runs))
+    assert sorted(i for i, _ in states) == list(range(len(runs)))
+    assert recompute.distance(states, runs) < 1e-3
+    other = [(i, array[::-1]) for i, array in states]
+    assert recompute.distance(other, runs) > 0.1
+
+
 def ended(length: float, tokens: int, seconds: float) -> dict[str, Any]:
     lengths = tuple(length + 0.01 * i for i in range(-5, 6))
     scored = Evaluation("v", 3, tuple(f"{i:02x}" for i in range(11)), lengths, (50,) * 11, (0.5, 0.5, 0.5))

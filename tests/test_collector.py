@@ -1,6 +1,7 @@
 """One engine's collector in this process on a real Valkey: doubles, poison, losses, dead producers, a full disk, cancelled reads."""
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.dataplane import Producer, producing, states_of, store_at, stored_row
 from tests.support import eventually
 from tests.test_agent import FakeEngine
 from tests.test_samples import full_disk
+from tided.model.errors import Unavailable
 from tided.model.status import SampleTotals
 from tided.services import collector
 from tided.services.assembly import Limits
@@ -338,3 +340,63 @@ async def test_requests_are_whole_runs_on_their_side_of_the_split(
     assert {(run.first_position, run.rows, len(run.ids)) for run in runs} == {(0, 12, 14)}
     assert all(list(run.ids) == tokens_of(run.request, 14) for run in runs)
     assert {run.held_out for run in runs} == {True, False}
+
+
+async def test_it_reads_on_while_a_commit_is_written(
+    valkey: Valkey, tmp_path: Path, client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk takes its time: what comes meanwhile is delivered already, and what is stored in the end is all of it, once."""
+    go_on = threading.Event()
+    async with collecting(valkey.url, tmp_path / "samples") as one:
+        store = one._store  # pyright: ignore[reportPrivateUsage]
+        commit, begun = store.commit, list[int]()
+
+        def slow(*arguments: Any) -> Any:
+            begun.append(1)
+            assert go_on.wait(60)
+            return commit(*arguments)
+
+        monkeypatch.setattr(store, "commit", slow)
+        with producing(valkey.url) as producer:
+            producer.request("r1")
+            await eventually(lambda: len(begun))
+            producer.request("r2")
+
+            async def delivered() -> bool:
+                return (await client.xpending(STREAM, keys.SAMPLES_GROUP))["pending"] >= 2
+
+            await eventually(delivered)
+            assert len(begun) == 1
+            go_on.set()
+            await settled(client, stored=24)
+    assert sorted(stored_rows(tmp_path / "samples")) == sorted(producer.sent)
+
+
+async def test_what_was_read_ahead_of_a_failed_commit_is_not_lost(
+    valkey: Valkey, tmp_path: Path, client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail = threading.Event()
+    async with collecting(valkey.url, tmp_path / "samples") as one:
+        store = one._store  # pyright: ignore[reportPrivateUsage]
+        commit, tries = store.commit, list[int]()
+
+        def failing(*arguments: Any) -> Any:
+            tries.append(1)
+            if len(tries) == 1:
+                assert fail.wait(60)
+                raise Unavailable("the disk is full")
+            return commit(*arguments)
+
+        monkeypatch.setattr(store, "commit", failing)
+        with producing(valkey.url) as producer:
+            producer.request("r1")
+            await eventually(lambda: len(tries))
+            producer.request("r2")
+
+            async def delivered() -> bool:
+                return (await client.xpending(STREAM, keys.SAMPLES_GROUP))["pending"] >= 2
+
+            await eventually(delivered)
+            fail.set()
+            await settled(client, stored=24)
+    assert sorted(stored_rows(tmp_path / "samples")) == sorted(producer.sent)

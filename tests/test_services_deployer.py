@@ -1,5 +1,6 @@
 """Deployments against an engine that behaves, refuses, lies, dies or serves worse: always the last good version in the end."""
 
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,6 +181,42 @@ async def test_a_draft_that_was_changed_on_disk_is_not_sent(scene: Scene) -> Non
     assert ended.state is DeploymentState.FAILED
     assert "changed on disk" in ended.error or "t2d" in ended.error
     assert "Swap" not in scene.engine.kinds()
+
+
+async def test_engines_that_come_together_share_a_reading_of_the_draft(
+    scene: Scene, valkey: Valkey, target: Path, drafts: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = scene.control.context.drafts
+    verify, readings, at_once = store.verify, list[int](), 0
+
+    def counted(version: str) -> None:
+        nonlocal at_once
+        at_once += 1
+        readings.append(at_once)
+        verify(version)
+        at_once -= 1
+
+    monkeypatch.setattr(store, "verify", counted)
+    async with contextlib.AsyncExitStack() as stack:
+        doubles = [
+            await stack.enter_async_context(running_double(valkey, describe_double(target, drafts[0], f"other-{i}")))
+            for i in range(5)
+        ]
+
+        async def seen() -> bool:
+            await scene.control.cycle()
+            return len(scene.control.controller.monitor.views) == 6
+
+        await eventually(seen)
+        await scene.control.plane.deploy(scene.new.version, None, "uid:7")
+
+        async def swapped() -> bool:
+            await scene.control.cycle()
+            return all(double.info.version == scene.new.version for double in (*doubles, scene.engine))
+
+        await eventually(swapped)
+    assert len(readings) <= 2
+    assert set(readings) == {1}
 
 
 async def test_one_deployment_at_a_time_and_nothing_twice(scene: Scene) -> None:

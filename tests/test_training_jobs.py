@@ -259,7 +259,7 @@ def test_errors_are_one_line(spec: JobSpec, tmp_path: Path, capsys: pytest.Captu
     assert "no such file" in refused(replace(spec, draft_dir=str(tmp_path / "none")), tmp_path, capsys)
     assert "no such file" in refused(replace(spec, shards=(str(tmp_path / "none"),)), tmp_path, capsys)
     assert "without shards" in refused(replace(spec, shards=(str(fresh(tmp_path / "empty")),)), tmp_path, capsys)
-    assert "pack_rows" in refused(replace(spec, options={"pack_rows": 100}), tmp_path, capsys)
+    assert "pack_rows" in refused(replace(spec, options={"pack_rows": 50}), tmp_path, capsys)
     assert "nothing" in refused(replace(spec, shards=()), tmp_path, capsys).replace("no generated token", "nothing")
     assert "unknown field 'kinds'" in refused(to_plain(spec) | {"kinds": 1}, tmp_path, capsys)
     assert "token_ids" in refused(reference_job(spec, (VOCAB,)), tmp_path, capsys)

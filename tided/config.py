@@ -6,6 +6,7 @@
 
 import difflib
 import tomllib
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
@@ -88,7 +89,7 @@ class TargetConfig(_Section):
     priority: Annotated[int, Field(ge=0, le=9)] = 0
     training: dict[str, Any] = {}
 
-    @property
+    @cached_property
     def lineage(self) -> str:
         return self.name or name_from(self.path.resolve().name, "draft")
 

@@ -8,7 +8,7 @@ disk that cannot be read or written.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tided.draft.output import write_through
 from tided.model.errors import Refused, Unavailable
 
 Array = NDArray[Any]
@@ -127,7 +128,26 @@ def view_tensor(buffer: bytes, entry: Entry) -> Array:
     return np.frombuffer(buffer, DTYPES[entry.dtype], count, entry.start).reshape(entry.shape)
 
 
-def write_file(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """One tensor in parts, that follow each other along its first axis: written without being joined in memory. At least one part."""
+
+    parts: Sequence[Array]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(len(part) for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+def write_file(path: Path, tensors: Mapping[str, Array | Stacked], metadata: Mapping[str, str] | None = None) -> None:
     """Write `tensors` (uint16 arrays become BF16) so that equal content gives equal bytes; fsynced, renamed into place."""
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -144,16 +164,19 @@ def write_file(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, 
     raw += b" " * (-len(raw) % 8)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(len(raw).to_bytes(8, "little") + raw)
-            for name in order:
-                file.write(np.ascontiguousarray(tensors[name]).data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_through(temporary, _contents(raw, [tensors[name] for name in order]))
         temporary.replace(path)
     except OSError as exc:
         temporary.unlink(missing_ok=True)
         raise Unavailable(f"{path}: cannot be written ({exc.strerror}); free space or check the permissions") from exc
+
+
+def _contents(raw_header: bytes, tensors: Sequence[Array | Stacked]) -> Iterator[memoryview]:
+    yield memoryview(len(raw_header).to_bytes(8, "little") + raw_header)
+    for tensor in tensors:
+        for part in tensor.parts if isinstance(tensor, Stacked) else (tensor,):
+            # As bytes: the memoryview of an array without elements has no such cast.
+            yield np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
 
 
 def to_float32(array: Array) -> NDArray[np.float32]:

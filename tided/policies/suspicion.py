@@ -321,11 +321,13 @@ def judge(
     compared = [found[at] for at in state.fell if at in found and found[at].enough]
     if about and (all(item.surely_sound for item in compared) if compared else _explained(state, served, before, new)):
         moved = state.trending or any(_fell(before.get(at), new.get(at)) for at in state.fell)
-        after = replace(after, held=False, answer=Answer.DRIFT if moved else Answer.NONE, answered_by=state.job)
+        after = replace(after, held=False, answer=Answer.DRIFT if moved else Answer.NONE)
+        after = replace(after, answered_by=state.job if moved else "")
     elif state.answer is Answer.OPEN:
         after = replace(after, held=state.held or (about and bool(new) and not compared))
     elif state.answer is Answer.FAULT:
-        after = replace(after, answer=Answer.DRIFT if state.low else Answer.NONE, answered_by=state.job)
+        after = replace(after, answer=Answer.DRIFT if state.low else Answer.NONE)
+        after = replace(after, answered_by=state.job if state.low else "")
     return after, tuple(news)
 
 

@@ -1,13 +1,14 @@
 """The threshold policy: at each batch size the number of drafted tokens with the largest speedup that Eq. 5 predicts.
 
 It turns on above 1 + margin, off below 1 + margin - hysteresis, changes from one gamma to another only for a gain above the
-hysteresis, and at most once in `dwell_steps` engine steps, unless it surely loses. A new version is judged at once. Where the newest counts surely differ from
-the longer memory, they are believed (`Evidence`). T(n) follows the steps that are served (`Calibration`).
+hysteresis, and at most once in `dwell_steps` engine steps, unless it surely loses. A new version is judged at once. Where the newest
+counts surely differ from the longer memory, they are believed (`Evidence`). T(n) follows the steps that are served (`Calibration`).
 
 While nothing is drafted there is no acceptance signal, so now and then it drafts one token, until `probe_steps` of them were judged:
 gamma = 0 is never a trap. After each probe it waits for so long that probes cost no more than the share `probe_loss` of the time, and
-at least `probe_every_s`; time in which the engine does nothing does not count. Traffic that turns against every decision is met by the loss account: once drafting has cost `most_lost`
-of the last minute beyond what it gained, probes aside, nothing is drafted until a quarter of that is forgotten.
+at least `probe_every_s`; time in which the engine does nothing does not count. Traffic that turns against every decision is met by the
+loss account: once drafting has cost `most_lost` of the last minute beyond what it gained, probes aside, nothing is drafted until a
+quarter of that is forgotten.
 """
 
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,8 @@ _EAGER_SHARE = 0.25
 class ThresholdState:
     """`served_s`: for how long the engine has had requests, by `at_s`; the two that follow are on that clock.
 
-    `signal_s`: when a drafted token was judged last, or first looked for. `probe_due_s`: when the next probe may begin. `probe_lost_s`: seconds that the probe under way has cost. `stopped`: the loss account is overdrawn.
+    `signal_s`: when a drafted token was judged last, or first looked for. `probe_due_s`: when the next probe may begin.
+    `probe_lost_s`: seconds that the probe under way has cost. `stopped`: the loss account is overdrawn.
     """
 
     version: str = ""

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -45,6 +45,7 @@ log = structlog.get_logger(__name__)
 
 READ_COUNT = 4  # of about 1 MB each: data-plane.md, COUNT x chunk <= 4 MB
 BLOCK_S = 0.5
+AHEAD_BLOCK_S = 0.05
 UPKEEP_S = 2.0
 ABSENT_S = 30.0
 CLAIM_EVERY_S = 60.0
@@ -67,6 +68,20 @@ class CollectorSettings:
     max_deliveries: int = MAX_DELIVERIES
 
 
+@dataclass(slots=True)
+class _Ahead:
+    """Entries that were read while a commit was written, and are not admitted yet. `failure`: what ended the reading."""
+
+    entries: list[Entry] = field(default_factory=list[Entry])
+    bytes: int = 0
+    enough: bool = False
+    failure: Unavailable | None = None
+
+    def add(self, entries: list[Entry]) -> None:
+        self.entries += entries
+        self.bytes += sum(len(value) for _, fields in entries for value in fields.values())
+
+
 class EngineCollector:
     """Collects one engine's samples. One task calls it; one collector serves an engine."""
 
@@ -77,6 +92,7 @@ class EngineCollector:
         self._assembly = Assembly(settings.limits)
         self._seen: dict[str, SeenChunks] = {}
         self._unfinished: list[Commit] = []
+        self._ahead = _Ahead()
         self._started = False
         self._upkeep_s = self._claim_s = 0.0
         self._absent_since_s: float | None = None
@@ -107,6 +123,7 @@ class EngineCollector:
 
     async def _prepare(self, redis: Redis) -> None:
         """After every interruption: finish durable commits, then take what was delivered to us and is not held."""
+        self._ahead = _Ahead()
         with translated("samples"):
             try:
                 await redis.xgroup_create(self._stream, keys.SAMPLES_GROUP, id="0", mkstream=True)
@@ -122,28 +139,31 @@ class EngineCollector:
         while not stopping.is_set():
             if time.monotonic() >= self._upkeep_s:
                 await self._upkeep(redis)
-            if not self._assembly.full:
-                entries = await self._read(reader)
-                if entries:
-                    # Said before the rows could exist, so what is read after them is complete.
-                    self._assembly.aside = await read_aside(redis, self.engine)
-                for entry in entries:
-                    await self._admit(redis, entry)
+            entries = self._ahead.entries
+            if not entries and not self._assembly.full:
+                entries = await self._read(reader, BLOCK_S)
+            self._ahead = _Ahead()
+            if entries:
+                # Said before the rows could exist, so what is read after them is complete.
+                self._assembly.aside = await read_aside(redis, self.engine)
+            for entry in entries:
+                await self._admit(redis, entry)
             await self._purge(redis)
             self._assembly.pressed = await pressing.is_pressing(redis, self.engine)
-            await self._write_due(redis)
+            await self._write_due(redis, reader)
 
     async def _drain(self) -> None:
         try:
             async with closing(connect(self._settings.redis_url)) as redis:
                 await self._finish(redis)
+                await self._take_pending(redis)  # what was read ahead
                 await self._write_due(redis, everything=True)
         except Unavailable as exc:
             self._log.warning("stopped with unwritten samples, which stay in the stream", error=str(exc))
 
     # --- reading ---
 
-    async def _read(self, reader: Redis) -> list[Entry]:
+    async def _read(self, reader: Redis, block_s: float) -> list[Entry]:
         """New entries. A failed or cancelled read may have delivered some that never arrived here: `_take_pending` finds them."""
         with translated("samples"):
             found = await reader.xreadgroup(
@@ -151,11 +171,19 @@ class EngineCollector:
                 self._settings.consumer,
                 {self._stream: ">"},
                 count=READ_COUNT,
-                block=int(BLOCK_S * 1000),
+                block=int(block_s * 1000),
             )
         failpoints.hit("collector.read")
         streams = cast("list[Any]", found or [])
         return [(entry.decode(), fields) for _, entries in streams for entry, fields in entries]
+
+    async def _read_ahead(self, reader: Redis, ahead: "_Ahead") -> None:
+        """Read until told to stop, or as much as may be held. Never cancelled, and what it has read when it fails is pending."""
+        try:
+            while not ahead.enough and ahead.bytes < self._settings.limits.hold_bytes:
+                ahead.add(await self._read(reader, AHEAD_BLOCK_S))
+        except Unavailable as exc:
+            ahead.failure = exc
 
     async def _take_pending(self, redis: Redis) -> None:
         """Entries that were delivered to this consumer and are not held: one by one, so that a poison one is found out.
@@ -240,7 +268,8 @@ class EngineCollector:
 
     # --- writing ---
 
-    async def _write_due(self, redis: Redis, *, everything: bool = False) -> None:
+    async def _write_due(self, redis: Redis, reader: Redis | None = None, *, everything: bool = False) -> None:
+        """Write and acknowledge what is due. With `reader`, what comes meanwhile is read into `_ahead`: the disk takes as long as Redis."""
         now_s = time.monotonic()
         plan = self._assembly.due(now_s, everything=everything)
         if plan is None:
@@ -251,11 +280,23 @@ class EngineCollector:
             return
         receipt = {"engine": self.engine, "acknowledge": to_plain(plan.acknowledgements)}
         age_s = now_s - plan.since_s
-        commit = await anyio.to_thread.run_sync(self._store.commit, plan.runs, receipt, plan.aside, age_s)
-        self._unfinished.append(commit)
-        self._forget(plan)
-        failpoints.hit("collector.committed")
-        await self._finish(redis)
+        ahead, failure = _Ahead(), None
+        async with anyio.create_task_group() as tasks:
+            if reader is not None:
+                tasks.start_soon(self._read_ahead, reader, ahead)
+            try:
+                commit = await anyio.to_thread.run_sync(self._store.commit, plan.runs, receipt, plan.aside, age_s)
+                self._unfinished.append(commit)
+                self._forget(plan)
+                failpoints.hit("collector.committed")
+                await self._finish(redis)
+            except Unavailable as exc:
+                failure = exc
+            finally:
+                ahead.enough = True
+        if failure or ahead.failure:
+            raise failure or cast("Unavailable", ahead.failure)
+        self._ahead = ahead
         stored = sum(run.rows for runs in (*plan.runs.values(), *plan.aside.values()) for run in runs)
         self._log.debug("samples stored", rows=stored)
 

@@ -8,6 +8,7 @@ as it was.
 """
 
 import tempfile
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,7 @@ class Controller:
     async def run(self) -> None:
         """Cycle until cancelled. Only `InvariantBroken`, or a bug, ends it."""
         while True:
+            began_s = time.monotonic()
             try:
                 await self.cycle()
                 self.redis_problem = ""
@@ -99,6 +101,7 @@ class Controller:
                     _log.warning("cycle-failed", why=str(exc))
                 self.redis_problem = str(exc)
             self.cycles += 1
+            _log.debug("cycle", seconds=round(time.monotonic() - began_s, 4))
             await anyio.sleep(self.context.config.daemon.cycle_s)
 
     async def cycle(self) -> list[str]:

@@ -65,6 +65,8 @@ class Deployer:
         self._monitor = monitor
         self._readings = Readings()
         self._locks: dict[str, anyio.Lock] = {}
+        self._reading = anyio.Lock()
+        self._read = ("", float("-inf"))  # the version that was read whole last, and when that began
 
     def lock(self, engine: str) -> anyio.Lock:
         """Held while an engine is reconciled, and by whoever else changes its deployment."""
@@ -174,11 +176,21 @@ class Deployer:
         try:
             draft = await anyio.to_thread.run_sync(store.get, deployment.version)
             check_fit(view.info, draft)
-            await anyio.to_thread.run_sync(store.verify, deployment.version)
+            await self._verify(deployment.version)
         except Refused as exc:
             return RollbackRequested(now_ms, str(exc))
         self._readings.start(view.engine, view)
         return Started(now_ms)
+
+    async def _verify(self, version: str) -> None:
+        """Read a version again whole. One at a time, for that takes its size in memory; engines that ask together share a reading
+        that began after they asked. Raises `Refused`."""
+        asked_s = anyio.current_time()
+        async with self._reading:
+            if self._read[0] != version or self._read[1] < asked_s:
+                began_s = anyio.current_time()
+                await anyio.to_thread.run_sync(self._context.drafts.verify, version)
+                self._read = version, began_s
 
     async def _in_flight(self, view: EngineView, deployment: Deployment, now_ms: int, rules: WatchRules) -> Deployment:
         wanted = deployment.version if deployment.state is DeploymentState.SWAPPING else deployment.previous

@@ -192,7 +192,7 @@ class Scout:
         """The score that has said why acceptance fell, if it scored pooled drafts against the one that serves; or ""."""
         for member in pool.members:
             found = member.suspicion
-            if found.drifted and found.answered_by and found.version == serving:
+            if found.answered_by and found.version == serving:  # the trend may be level again by now
                 job = await self._context.jobs.get(found.answered_by)
                 if job is not None and job.state is JobState.SUCCEEDED and job.spec.candidates:
                     return job.id

@@ -108,6 +108,8 @@ class DraftStore:
         lineage, at, number = ref.partition("@")
         if at:
             found = [draft for draft in self.list(check_name(lineage, "lineage")) if str(draft.number) == number]
+        elif _DIGEST.fullmatch(ref):
+            return self._read(ref)
         elif _PREFIX.fullmatch(ref):
             found = [self._read(version) for version in self._versions() if version.startswith(ref)]
         else:

@@ -20,6 +20,8 @@ from tided.wire.control import Body, Command, Reply, decode, encode_command
 COMMANDS_MAXLEN = 1_000
 COMMANDS_TTL_S = 3_600
 POLL_S = 0.02
+SCAN_COUNT = 5_000
+"""Keys that one step of a scan looks at: about a millisecond of the server. Ten thousand jobs are as many keys."""
 
 _log = structlog.get_logger()
 T = TypeVar("T")
@@ -84,8 +86,13 @@ class EngineStore:
         found: list[EngineInfo] = []
         unreadable: dict[str, str] = {}
         with translated():
-            names = [bytes(key) async for key in self._redis.scan_iter(match=keys.ENGINE_INFO_PATTERN, count=500)]
-            records = [raw(await self._redis.get(name)) for name in names]
+            names = [
+                bytes(key) async for key in self._redis.scan_iter(match=keys.ENGINE_INFO_PATTERN, count=SCAN_COUNT)
+            ]
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for name in names:
+                    pipe.get(name)
+                records = [raw(record) for record in await pipe.execute()]
         for name, record in zip(names, records, strict=True):
             if record is None:
                 continue

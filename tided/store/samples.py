@@ -24,7 +24,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from tided.draft.tensors import read_header, read_tensor_entry, write_file
+from tided.draft.tensors import Stacked, read_header, read_tensor_entry, write_file
 from tided.model import failpoints
 from tided.model.codec import from_plain, to_plain
 from tided.model.errors import Conflict, Refused, Unavailable
@@ -412,9 +412,8 @@ def _describe(path: Path, split: Split) -> Shard:
 def _write_shard(path: Path, source: Source, runs: Sequence[Run], age_s: float) -> None:
     """Write one shard, fsynced. Byte order of ids and states is little-endian, as safetensors has it."""
     now_ms = time.time_ns() // 1_000_000
-    states = np.concatenate([part for run in runs for part in run.states])
-    tensors: dict[str, NDArray[Any]] = {
-        "states": states,
+    tensors: dict[str, NDArray[Any] | Stacked] = {
+        "states": Stacked([part for run in runs for part in run.states]),
         "ids": np.concatenate([run.ids for run in runs]).astype("<i4", copy=False),
         "run_rows": np.array([run.rows for run in runs], dtype="<i4"),
         "run_ids": np.array([len(run.ids) for run in runs], dtype="<i4"),
