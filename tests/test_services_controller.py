@@ -34,6 +34,7 @@ from tided.model.records import (
 from tided.services.dispatcher import Dispatcher
 from tided.store.jobs import Claim
 from tided.store.samples import Split
+from tided.wire import keys
 
 pytest_plugins = ("tests.tiny_fixtures",)
 pytestmark = pytest.mark.real
@@ -433,3 +434,31 @@ async def test_jobs_carry_what_their_target_s_configuration_says(
         assert (spec.priority, spec.needs) == (7, Needs("cuda", 2, 8 << 30))
         assert await control.context.jobs.claim("w", [JobKind.TRAIN]) is None
         assert await control.context.jobs.claim("w", [JobKind.TRAIN], Capacity("cuda", 2, 8 << 30)) is not None
+
+
+async def test_what_happens_to_workers_is_told_once(scene: Scene, valkey: Valkey) -> None:
+    control, workforce = scene.control, scene.control.controller.workforce
+    workers = control.context.workers
+
+    def worker(name: str, incarnation: str = "i1") -> WorkerInfo:
+        return WorkerInfo(name, incarnation, "host", (JobKind.TRAIN,), "cpu", 1)
+
+    await workers.register(worker("old"))
+    await workforce.look(now_ms=1_000)
+    for name in ("stays", "leaves", "dies"):
+        await workers.register(worker(name))
+    await workforce.look(now_ms=2_000)
+    await workers.register(worker("stays", "i2"))
+    await workers.remove(worker("leaves"))
+    valkey.client.delete(keys.worker("dies"))
+    for now_ms in (3_000, 10_000, 20_000, 30_000):
+        await workforce.look(now_ms)
+    told = [(event.kind, event.subject) for event in await control.events() if event.kind.startswith("worker-")]
+    assert sorted(told) == [
+        ("worker-joined", "dies"),
+        ("worker-joined", "leaves"),
+        ("worker-joined", "stays"),
+        ("worker-left", "leaves"),
+        ("worker-lost", "dies"),
+        ("worker-restarted", "stays"),
+    ]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,6 +130,7 @@ async def test_a_worker_is_listed_while_it_beats(redis: Any, valkey: Valkey) -> 
     assert await store.register(worker("i1")) is Beat.NOTED
     assert await store.heartbeat(worker("i1", "job-1")) is Beat.NOTED
     valkey.client.hset("tided:{ctl}:worker:w9", mapping={"info": b"junk", "incarnation": "x"})
+    valkey.client.zadd(keys.workers(), {"w9": 1})
     assert await store.list() == [worker("i1", "job-1")]
     assert 0 < valkey.client.pttl(keys.worker("w1")) <= 200_000  # type: ignore[operator]
     await store.remove(worker("i0"))
@@ -136,6 +138,16 @@ async def test_a_worker_is_listed_while_it_beats(redis: Any, valkey: Valkey) -> 
     await store.remove(worker("i1"))
     assert await store.list() == []
     valkey.client.delete("tided:{ctl}:worker:w9")
+
+
+async def test_a_worker_that_falls_silent_is_told_from_one_that_signs_off(redis: Any, valkey: Valkey) -> None:
+    store = WorkerStore(redis, ttl_s=200)
+    away = replace(worker("i1"), worker="away")
+    for info in (worker("i1"), away, replace(worker("i1"), worker="gone")):
+        await store.register(info)
+    valkey.client.delete(keys.worker("gone"))
+    await store.remove(away)
+    assert await store.registry() == ([worker("i1")], ["gone"])
 
 
 async def test_a_replaced_worker_hears_of_it(redis: Any) -> None:

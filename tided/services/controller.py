@@ -43,6 +43,7 @@ from tided.services.scout import Scout
 from tided.services.selftest import SelfTest
 from tided.services.speculator import Speculator, in_force
 from tided.services.training_view import TrainingView
+from tided.services.workforce import Workforce
 from tided.store.pressing import press
 
 REAP_EVERY_S = 2.0
@@ -80,6 +81,7 @@ class Controller:
         self._training_locks: dict[str, anyio.Lock] = {}
         self._init_lock = anyio.Lock()
         self._reaped_s = float("-inf")
+        self.workforce = Workforce(context)
 
     def lock(self, engine: str) -> anyio.Lock:
         """Held while an engine is reconciled, and by whoever else changes its stored state."""
@@ -114,6 +116,7 @@ class Controller:
         await context.read_targets()
         if context.leadership.epoch is None:
             self.pools, self.training = {}, {}
+            self.workforce.forget()
             return []
         done: list[str] = []
         problems: dict[str, str] = {}
@@ -132,6 +135,7 @@ class Controller:
         self._note(problems)
         if now_s - self._reaped_s >= REAP_EVERY_S:
             self._reaped_s = now_s
+            await self.workforce.look(now_ms)
             done += [f"reaped {job.id}" for job in await self._reap()]
         return done
 

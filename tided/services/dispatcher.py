@@ -8,7 +8,6 @@ between submits the same job and not a second one; a finished job's draft has on
 function of the evaluations; what became of the version on its canary is stored before the cycle ends.
 """
 
-
 import anyio.to_thread
 
 from tided.machine import collection as machine

@@ -49,18 +49,25 @@ class WorkerStore:
         await scripts.remove_worker(self._redis, info.worker, info.incarnation)
 
     async def list(self) -> list[WorkerInfo]:
-        """Workers whose heartbeat is fresh, by name. One that this tided cannot read is logged and left out."""
-        found: list[WorkerInfo] = []
-        with translated():
-            names = [bytes(key) async for key in self._redis.scan_iter(match=keys.WORKER_PATTERN, count=500)]
-            records = [raw(await self._redis.hget(name, "info")) for name in names]
-        for name, record in zip(names, records, strict=True):
+        """Workers whose heartbeat is fresh, by name."""
+        return sorted((await self.registry())[0], key=lambda info: info.worker)
+
+    async def registry(self) -> tuple[list[WorkerInfo], list[str]]:
+        """Workers whose heartbeat is fresh, and the names of those that fell silent within a day without signing off.
+
+        One that this tided cannot read is logged, and is in neither.
+        """
+        fresh: list[WorkerInfo] = []
+        silent: list[str] = []
+        for name, record in await scripts.workers(self._redis):
             try:
-                if record is not None:
-                    found.append(decode(WorkerInfo, record))
+                if record:
+                    fresh.append(decode(WorkerInfo, record))
+                else:
+                    silent.append(name)
             except Refused as exc:
-                _log.warning("worker-unreadable", key=name.decode(errors="replace"), why=str(exc))
-        return sorted(found, key=lambda info: info.worker)
+                _log.warning("worker-unreadable", worker=name, why=str(exc))
+        return fresh, silent
 
     async def mark(self, worker: str, mark: WorkerMark, epoch: int) -> None:
         """Set or take back an operator's mark. Raises `Superseded` for an old epoch."""

@@ -191,7 +191,13 @@ CORDON_PREFIX = f"{PREFIX}{{ctl}}:cordon:"
 """Before a worker's name, it is `cordon(name)`."""
 
 
-WORKER_PATTERN = f"{PREFIX}{{ctl}}:worker:*"
+WORKER_PREFIX = f"{PREFIX}{{ctl}}:worker:"
+"""Before a worker's name, it is `worker(name)`."""
+
+
+def workers() -> str:
+    """Sorted set of the workers that have registered and not signed off, by their last heartbeat; those of the last day."""
+    return _control("workers")
 
 
 def events() -> str:
