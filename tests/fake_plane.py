@@ -26,6 +26,7 @@ from tided.model.records import (
     SpeculationMode,
     TargetInfo,
     WorkerInfo,
+    WorkerMark,
 )
 from tided.model.status import (
     Choice,
@@ -108,7 +109,7 @@ JOB = Job(
     lease_until_ms=0,
     worker="worker",
     started_ms=1_800_000_001_000,
-    progress=Progress(0.43, "step 120 of 280", eta_s=80.0),
+    progress=Progress(0.43, "step 120 of 280", 2.31, 1.92, 1240.0, eta_s=80.0),
 )
 WORKER = WorkerInfo("worker", "worker-1", "host-a", (JobKind.TRAIN, JobKind.SCORE), "cpu", 1, job=JOB.id)
 
@@ -205,9 +206,9 @@ class FakePlane:
     def _deployment(self, version: str) -> Deployment:
         return Deployment("deploy-1", "local", version, DIGESTS[1], DeploymentState.PENDING, 1, 0, 0, "operator")
 
-    async def jobs(self, limit: int) -> tuple[Job, ...]:
+    async def jobs(self, limit: int, state: JobState | None) -> tuple[Job, ...]:
         self._enter()
-        return (JOB,)[:limit]
+        return (JOB,)[:limit] if state in (None, JOB.state) else ()
 
     async def job(self, job_id: str) -> Job:
         self._enter()
@@ -219,6 +220,21 @@ class FakePlane:
         job = await self.job(job_id)
         self.calls.append(("cancel", job_id, actor))
         return replace(job, cancelling=True)
+
+    async def retry(self, job_id: str, actor: str) -> Job:
+        job = await self.job(job_id)
+        self.calls.append(("retry", job_id, actor))
+        return replace(job, state=JobState.QUEUED, attempt=0, worker="", progress=None)
+
+    async def cordon(self, worker: str, drain: bool, actor: str) -> WorkerMark:
+        self._enter()
+        self.calls.append(("cordon", worker, drain, actor))
+        return WorkerMark.DRAIN if drain else WorkerMark.CORDON
+
+    async def uncordon(self, worker: str, actor: str) -> WorkerMark:
+        self._enter()
+        self.calls.append(("uncordon", worker, actor))
+        return WorkerMark.NONE
 
     async def workers(self) -> tuple[WorkerInfo, ...]:
         self._enter()

@@ -29,6 +29,7 @@ from tided.machine.job import (
     step,
     validate_state,
 )
+from tided.machine.placement import queue_of
 from tided.model.errors import Conflict, InvariantBroken
 from tided.model.records import Job, JobKind, JobResult, JobSpec, JobState
 from tided.store.client import connect
@@ -166,6 +167,7 @@ def test_impossible_states_are_recognised(life: JobLife) -> None:
 # --- the scripts follow the machine ---
 
 SPEC = JobSpec(JobKind.TRAIN, "engine-a", "0" * 64, "/target")
+QUEUE = keys.queue(queue_of(0, JobKind.TRAIN, SPEC.needs))
 RESULTS = {"a": JobResult(staged="/a"), "b": JobResult(staged="/b")}
 
 
@@ -199,6 +201,7 @@ class ScriptsFollowTheMachine(RuleBasedStateMachine):
         self.job = self.runner.run(self.store.submit(SPEC, epoch=1, max_attempts=3))
         self.life = life_of(self.job)
         self.took_ms = 0
+        self.told = False  # that it has failed for good
 
     def teardown(self) -> None:
         self.runner.run(self.redis.aclose())
@@ -268,7 +271,9 @@ class ScriptsFollowTheMachine(RuleBasedStateMachine):
     def reap(self) -> None:
         expired = self.life.state is S.RUNNING and self.life.lease_until_ms <= self.now_ms
         reaped = self.call(self.store.reap(epoch=1), Reaped(self.now_ms))
-        assert [job.id for job in reaped] == ([self.job.id] if expired else [])
+        told = self.life.state is S.FAILED and not self.told
+        self.told = self.life.state is S.FAILED
+        assert [job.id for job in reaped] == ([self.job.id] if expired or told else [])
 
     @precondition(lambda self: self.life.state is S.RUNNING)
     @rule()
@@ -282,7 +287,7 @@ class ScriptsFollowTheMachine(RuleBasedStateMachine):
     def pause_passes(self) -> None:
         self.life = replace(self.life, not_before_ms=1)
         self.valkey.client.hset(keys.job(self.job.id), "not_before_ms", 1)
-        self.valkey.client.zadd(keys.queue("train"), {self.job.id: 1})
+        self.valkey.client.zadd(QUEUE, {self.job.id: 1})
 
     @invariant()
     def both_agree(self) -> None:
@@ -297,7 +302,7 @@ class ScriptsFollowTheMachine(RuleBasedStateMachine):
         self.life = replace(self.life, not_before_ms=found.not_before_ms, lease_until_ms=found.lease_until_ms)
         assert found == self.life
         validate_state(found)
-        queued = self.valkey.client.zscore(keys.queue("train"), self.job.id)
+        queued = self.valkey.client.zscore(QUEUE, self.job.id)
         running = self.valkey.client.zscore(keys.running(), self.job.id)
         assert queued == (found.not_before_ms if found.state is S.QUEUED else None)
         assert running == (found.lease_until_ms if found.state is S.RUNNING else None)

@@ -14,20 +14,27 @@ from tests.support import eventually
 from tests.tiny import make_target
 from tided.draft import checkpoint
 from tided.machine.collection import Collection, Phase
-from tided.model.errors import NotFound, Refused, Superseded, Unavailable
+from tided.machine.placement import Capacity
+from tided.model.errors import Conflict, NotFound, Refused, Superseded, Unavailable
 from tided.model.records import (
     DeploymentState,
     Evaluation,
+    Job,
     JobKind,
     JobResult,
+    JobSpec,
     JobState,
+    Needs,
     PolicySetting,
     Recipe,
     SpeculationMode,
+    WorkerInfo,
+    WorkerMark,
 )
 from tided.services.dispatcher import Dispatcher
 from tided.store.jobs import Claim
 from tided.store.samples import Split
+from tided.wire import keys
 
 pytest_plugins = ("tests.tiny_fixtures",)
 pytestmark = pytest.mark.real
@@ -354,3 +361,104 @@ async def test_drift_starts_a_drift_training_on_new_samples_only(scene: Scene) -
     assert spec.recipe is Recipe.DRIFT
     assert [Path(path).name for path in spec.shards] == [f"train-{later:013d}.safetensors"]
     assert [Path(path).name for path in spec.held_out] == [f"held-out-{later:013d}.safetensors"]
+
+
+async def test_a_training_that_failed_for_good_is_told_kept_and_done_again_by_a_new_job(scene: Scene) -> None:
+    control = scene.control
+    await control.converge()
+    scene.samples()
+    claim = await scene.claimed()
+    with pytest.raises(Conflict, match="is running"):
+        await control.plane.retry(claim.job.id, "uid:1")
+    await control.context.jobs.fail(claim, "shard 7 is not readable", retryable=False)
+    await control.controller.dispatcher.reap()
+    await control.controller.dispatcher.reap()
+    assert [(event.subject, event.message) for event in await control.events("job-failed")] == [
+        (claim.job.id, "shard 7 is not readable")
+    ]
+    assert [job.id for job in await control.plane.jobs(10, JobState.FAILED)] == [claim.job.id]
+    if await scene.phase() is Phase.TRAINING:
+        await control.cycle()
+    again = await control.plane.retry(claim.job.id, "uid:1")
+    assert again.id != claim.job.id
+    assert (again.state, again.spec.shards) == (JobState.QUEUED, claim.job.spec.shards)
+    assert (await scene.collection()).job == again.id, "its draft will be taken"
+
+
+async def test_only_a_training_is_done_again(scene: Scene) -> None:
+    control = scene.control
+    spec = JobSpec(JobKind.SCORE, ENGINE, scene.engine.info.target.digest, str(scene.target))
+    job = await control.context.jobs.submit(spec, control.context.leadership.require())
+    await control.plane.cancel(job.id, "uid:1")
+    with pytest.raises(Refused, match="asks again by itself"):
+        await control.plane.retry(job.id, "uid:1")
+    with pytest.raises(NotFound):
+        await control.plane.retry("job-none", "uid:1")
+
+
+async def test_a_worker_is_cordoned_by_name_and_uncordoned_also_when_it_is_away(scene: Scene) -> None:
+    control = scene.control
+    workers, plane = control.context.workers, control.plane
+    info = WorkerInfo("w1", "w-1", "host", (JobKind.TRAIN,), "cpu", 1)
+    await workers.register(info)
+    with pytest.raises(NotFound, match="no worker w2"):
+        await plane.cordon("w2", False, "uid:1")
+    assert await plane.cordon("w1", True, "uid:1") is WorkerMark.DRAIN
+    assert await plane.cordon("w1", False, "uid:1") is WorkerMark.CORDON
+    await workers.remove(info)
+    assert await workers.marked("w1") is WorkerMark.CORDON
+    assert await plane.uncordon("w1", "uid:1") is WorkerMark.NONE
+    actions = [event.data["action"] for event in await control.events("audit")]
+    assert actions == ["cordon", "drain", "cordon", "uncordon"]
+
+
+async def test_jobs_carry_what_their_target_s_configuration_says(
+    valkey: Valkey, tmp_path: Path, target: Path, first: Path
+) -> None:
+    needs: dict[str, object] = {"device": "cuda", "devices": 2, "memory_bytes": 8 << 30}
+    one: dict[str, object] = {"path": str(target), "priority": 7, "training": needs}
+    async with (
+        leading(valkey, settings(tmp_path, target, target=one)) as control,
+        running_double(valkey, describe_double(target, first)) as engine,
+    ):
+        await eventually(control.context.engines.list)
+        scene = Scene(control, engine, target, first, tmp_path)
+        await control.converge()
+        scene.samples()
+
+        async def queued() -> Job | None:
+            await control.cycle()
+            return next(iter(await control.context.jobs.list(states=[JobState.QUEUED])), None)
+
+        spec = (await eventually(queued)).spec
+        assert (spec.priority, spec.needs) == (7, Needs("cuda", 2, 8 << 30))
+        assert await control.context.jobs.claim("w", [JobKind.TRAIN]) is None
+        assert await control.context.jobs.claim("w", [JobKind.TRAIN], Capacity("cuda", 2, 8 << 30)) is not None
+
+
+async def test_what_happens_to_workers_is_told_once(scene: Scene, valkey: Valkey) -> None:
+    control, workforce = scene.control, scene.control.controller.workforce
+    workers = control.context.workers
+
+    def worker(name: str, incarnation: str = "i1") -> WorkerInfo:
+        return WorkerInfo(name, incarnation, "host", (JobKind.TRAIN,), "cpu", 1)
+
+    await workers.register(worker("old"))
+    await workforce.look(now_ms=1_000)
+    for name in ("stays", "leaves", "dies"):
+        await workers.register(worker(name))
+    await workforce.look(now_ms=2_000)
+    await workers.register(worker("stays", "i2"))
+    await workers.remove(worker("leaves"))
+    valkey.client.delete(keys.worker("dies"))
+    for now_ms in (3_000, 10_000, 20_000, 30_000):
+        await workforce.look(now_ms)
+    told = [(event.kind, event.subject) for event in await control.events() if event.kind.startswith("worker-")]
+    assert sorted(told) == [
+        ("worker-joined", "dies"),
+        ("worker-joined", "leaves"),
+        ("worker-joined", "stays"),
+        ("worker-left", "leaves"),
+        ("worker-lost", "dies"),
+        ("worker-restarted", "stays"),
+    ]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tided.model.records import (
     TapTotals,
     TargetInfo,
     WorkerInfo,
+    WorkerMark,
 )
 from tided.store.client import connect, redis_time_ms
 from tided.store.engines import EngineStore
@@ -128,6 +130,7 @@ async def test_a_worker_is_listed_while_it_beats(redis: Any, valkey: Valkey) -> 
     assert await store.register(worker("i1")) is Beat.NOTED
     assert await store.heartbeat(worker("i1", "job-1")) is Beat.NOTED
     valkey.client.hset("tided:{ctl}:worker:w9", mapping={"info": b"junk", "incarnation": "x"})
+    valkey.client.zadd(keys.workers(), {"w9": 1})
     assert await store.list() == [worker("i1", "job-1")]
     assert 0 < valkey.client.pttl(keys.worker("w1")) <= 200_000  # type: ignore[operator]
     await store.remove(worker("i0"))
@@ -135,6 +138,16 @@ async def test_a_worker_is_listed_while_it_beats(redis: Any, valkey: Valkey) -> 
     await store.remove(worker("i1"))
     assert await store.list() == []
     valkey.client.delete("tided:{ctl}:worker:w9")
+
+
+async def test_a_worker_that_falls_silent_is_told_from_one_that_signs_off(redis: Any, valkey: Valkey) -> None:
+    store = WorkerStore(redis, ttl_s=200)
+    away = replace(worker("i1"), worker="away")
+    for info in (worker("i1"), away, replace(worker("i1"), worker="gone")):
+        await store.register(info)
+    valkey.client.delete(keys.worker("gone"))
+    await store.remove(away)
+    assert await store.registry() == ([worker("i1")], ["gone"])
 
 
 async def test_a_replaced_worker_hears_of_it(redis: Any) -> None:
@@ -145,16 +158,24 @@ async def test_a_replaced_worker_hears_of_it(redis: Any) -> None:
     assert await store.list() == [worker("i2")]
 
 
-async def test_a_worker_is_told_to_drain_by_the_newest_leader_only(redis: Any, valkey: Valkey) -> None:
+async def test_a_worker_is_cordoned_by_the_newest_leader_only_and_until_it_is_uncordoned(
+    redis: Any, valkey: Valkey
+) -> None:
     store = WorkerStore(redis)
     valkey.client.set(keys.epoch(), 5)
     with pytest.raises(Superseded):
-        await store.set_draining("w1", True, epoch=4)
+        await store.mark("w1", WorkerMark.CORDON, epoch=4)
     assert await store.register(worker("i1")) is Beat.NOTED
-    await store.set_draining("w1", True, epoch=5)
+    await store.mark("w1", WorkerMark.CORDON, epoch=5)
+    assert await store.heartbeat(worker("i1")) is Beat.CORDONED
+    await store.mark("w1", WorkerMark.DRAIN, epoch=5)
     assert await store.heartbeat(worker("i1")) is Beat.DRAIN
-    await store.set_draining("w1", False, epoch=5)
-    assert await store.heartbeat(worker("i1")) is Beat.NOTED
+    assert await store.register(worker("i2")) is Beat.DRAIN, "a restart changes nothing"
+    assert valkey.client.pttl(keys.cordon("w1")) == -1
+    assert await store.marked("w1") is WorkerMark.DRAIN
+    await store.mark("w1", WorkerMark.NONE, epoch=5)
+    assert await store.marked("w1") is WorkerMark.NONE
+    assert await store.heartbeat(worker("i2")) is Beat.NOTED
 
 
 def event(number: int) -> Event:

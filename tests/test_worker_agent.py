@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import Valkey
 from tests.support import eventually
 from tided.model.errors import Unavailable
-from tided.model.records import Job, JobKind, JobSpec, JobState
+from tided.model.records import Job, JobKind, JobSpec, JobState, WorkerMark
 from tided.store.client import connect
 from tided.store.jobs import JobStore
 from tided.store.valkey import find_binary
@@ -366,22 +366,41 @@ async def test_sigterm_gives_back_what_does_not_finish_and_leaves_no_process(
     assert (back.state, back.max_attempts - back.attempt) == (JobState.QUEUED, 1)
 
 
-async def test_a_worker_registers_and_drains_when_asked(start: Start, jobs: JobStore, valkey: Valkey) -> None:
+async def test_a_worker_registers_and_claims_nothing_while_it_is_cordoned(
+    start: Start, jobs: JobStore, valkey: Valkey
+) -> None:
     async with connect(valkey.url) as client:
         workers = WorkerStore(client)
         start()
 
         [info] = await eventually(workers.list)
         assert (info.worker, info.kinds) == ("w1", tuple(JobKind))
-        await workers.set_draining("w1", True, epoch=1)
+        await workers.mark("w1", WorkerMark.CORDON, epoch=1)
 
-        async def draining() -> bool:
-            return [info.draining for info in await workers.list()] == [True]
+        async def cordoned() -> bool:
+            return [(info.cordoned, info.draining) for info in await workers.list()] == [(True, False)]
 
-        await eventually(draining)
+        await eventually(cordoned)
         job = await jobs.submit(job_of(), epoch=1)
-        await workers.set_draining("w1", False, epoch=1)
+        await workers.mark("w1", WorkerMark.NONE, epoch=1)
         await until(jobs, job.id, JobState.SUCCEEDED)
+
+
+async def test_a_drained_worker_gives_back_what_does_not_end_in_time_and_works_again_when_uncordoned(
+    start: Start, jobs: JobStore, tmp_path: Path, valkey: Valkey
+) -> None:
+    async with connect(valkey.url) as client:
+        workers = WorkerStore(client)
+        start(drain_s=0.5)
+        gate = tmp_path / "gate"
+        job = await jobs.submit(job_of(act="wait", gate=str(gate)), epoch=1, max_attempts=1)
+        pid = trainer_pid(tmp_path, await running(jobs, job.id))
+        await workers.mark("w1", WorkerMark.DRAIN, epoch=1)
+        await until(jobs, job.id, JobState.QUEUED)
+        assert not alive(pid)
+        await workers.mark("w1", WorkerMark.NONE, epoch=1)
+        gate.touch()
+        assert (await until(jobs, job.id, JobState.SUCCEEDED)).attempt == 2
 
 
 async def test_a_second_worker_of_the_same_name_replaces_the_first(start: Start, valkey: Valkey) -> None:

@@ -4,7 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.conftest import Valkey
 from tests.shards import train_spec
 from tests.support import eventually
 from tided.draft import checkpoint
-from tided.model.records import CHECKPOINT_FILE, Job, JobKind, JobSpec, JobState
+from tided.model.records import CHECKPOINT_FILE, Job, JobKind, JobSpec, JobState, Needs
 from tided.store.client import connect
 from tided.store.jobs import JobStore
 
@@ -33,13 +34,27 @@ async def jobs(valkey: Valkey) -> AsyncIterator[JobStore]:
         yield JobStore(client, keep_s=600)
 
 
+@contextmanager
+def started(valkey: Valkey, work_dir: Path, *more: str) -> Generator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "tided.worker.agent", "--redis", valkey.url, "--name", "w1"]
+    process = subprocess.Popen([*command, "--work-dir", str(work_dir), "--drain-s", "0", *more], cwd=ROOT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture
 def worker(valkey: Valkey, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "tided.worker.agent", "--redis", valkey.url, "--name", "w1"]
-    process = subprocess.Popen([*command, "--work-dir", str(tmp_path), "--drain-s", "0"], cwd=ROOT)
-    yield process
-    process.kill()
-    process.wait()
+    with started(valkey, tmp_path) as process:
+        yield process
+
+
+@pytest.fixture
+def two_devices(valkey: Valkey, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with started(valkey, tmp_path, "--devices", "2") as process:
+        yield process
 
 
 async def ended(jobs: JobStore, job: Job) -> Job:
@@ -104,6 +119,42 @@ async def test_the_trainer_dies_with_a_worker_that_is_killed(
     await eventually(at_work)
     os.kill(worker.pid, signal.SIGKILL)
     await eventually(lambda: trainers(job) == [])
+
+
+async def test_on_two_devices_two_processes_train_and_a_cancellation_ends_them_all(
+    jobs: JobStore, spec: JobSpec, two_devices: subprocess.Popen[bytes]
+) -> None:
+    """torchrun gives each of them a session of its own; over gloo here."""
+    needs = Needs(devices=2)
+    long = replace(spec, budget_s=600.0, needs=needs, options={**spec.options, "passes": 10_000})
+    job = await jobs.submit(long, epoch=1)
+
+    async def trains() -> bool:
+        found = await jobs.get(job.id)
+        assert found is not None
+        assert not found.error, found.error
+        return found.progress is not None and (found.progress.tokens_per_s or 0) > 0
+
+    await eventually(trains, timeout_s=180)
+    pids = trainers(job)
+    assert len(pids) == 3, "torchrun and its two"
+    assert len({os.getsid(pid) for pid in pids}) == 3
+    await jobs.cancel(job.id, epoch=1)
+    assert (await ended(jobs, job)).state is JobState.CANCELLED
+    assert trainers(job) == []
+    trained = await ended(jobs, await jobs.submit(replace(spec, needs=needs), epoch=1))
+    assert trained.state is JobState.SUCCEEDED, trained.error
+    assert trained.result is not None
+    assert checkpoint.verify(Path(trained.result.staged)) == trained.result.version
+
+
+async def test_processes_of_torchrun_die_with_a_worker_that_is_killed(
+    jobs: JobStore, spec: JobSpec, two_devices: subprocess.Popen[bytes]
+) -> None:
+    job = await jobs.submit(replace(spec, budget_s=600.0, options={**spec.options, "passes": 10_000}), epoch=1)
+    await eventually(lambda: len(trainers(job)) == 3, timeout_s=60)
+    two_devices.kill()
+    await eventually(lambda: trainers(job) == [], timeout_s=60)
 
 
 async def test_a_killed_trainer_is_followed_by_one_that_goes_on(

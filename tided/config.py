@@ -80,11 +80,13 @@ class DaemonConfig(_Section):
 class TargetConfig(_Section):
     """A model that engines serve. All engines that serve it share its samples, its trainings and its drafts.
 
-    `name` is that of its drafts' lineage, None: its directory's. `training`: what differs from [training] for this target.
+    `name` is that of its drafts' lineage, None: its directory's. `priority`: its jobs go before those of targets with a lower one.
+    `training`: what differs from [training] for this target.
     """
 
     path: Path = Path("build/models/smollm2")
     name: Name | None = None
+    priority: Annotated[int, Field(ge=0, le=9)] = 0
     training: dict[str, Any] = {}
 
     @cached_property
@@ -193,7 +195,8 @@ class TrainingConfig(_Section):
     `fault_check_s`: how often, at most, the served draft is scored to see whether the engine accepts what it could, when nothing has
     fallen; 0 is never. `fault_wait_s`: how long training waits for the score that explains a fall. `jobs_per_hour` and
     `worker_s_per_hour` bound the trainings that begin of themselves, 0 is no bound; `plateau_gain`: after two drafts in a row that
-    gained less than this share, none begins until acceptance drifts; 0 is never.
+    gained less than this share, none begins until acceptance drifts; 0 is never. `device`, `devices` and `memory_bytes` (of each): what a
+    worker must have to be given a training; "" is any kind.
     """
 
     enabled: bool = True
@@ -211,6 +214,9 @@ class TrainingConfig(_Section):
     jobs_per_hour: Annotated[int, Field(ge=0)] = 0
     worker_s_per_hour: Annotated[float, Field(ge=0)] = 0.0
     plateau_gain: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    device: Annotated[str, Field(pattern="^[a-z]*$", max_length=16)] = ""
+    devices: Annotated[int, Field(ge=1, le=1024)] = 1
+    memory_bytes: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _check_windows(self) -> Self:
@@ -269,11 +275,24 @@ class JobsConfig(_Section):
 
 
 class WorkerConfig(_Section):
+    """`devices`: a training runs on so many, one process each; `memory_bytes`: of each, 0: what the host has, if they are its processors.
+
+    `drain_s`: how long what runs may go on when the worker is stopped, or drains.
+    """
+
     name: Name = "worker"
     kinds: tuple[Literal["train", "score", "reference"], ...] = ("train", "score", "reference")
     threads: Count = 1
     device: str = "cpu"
+    devices: Annotated[int, Field(ge=1, le=64)] = 1
+    memory_bytes: Annotated[int, Field(ge=0)] = 0
     drain_s: Annotated[float, Field(ge=0)] = 20.0
+
+    @model_validator(mode="after")
+    def _check_devices(self) -> Self:
+        if self.devices > 1 and ":" in self.device:
+            raise ValueError("device must be a kind without a number, such as cuda, when there are several devices")
+        return self
 
 
 def _listed(value: Any) -> Any:

@@ -8,7 +8,18 @@ head of one (at least 6 digits), or "lineage@number".
 from pathlib import Path
 from typing import Any, Protocol
 
-from tided.model.records import Deployment, Draft, Event, Finding, Job, PolicySetting, SpeculationMode, WorkerInfo
+from tided.model.records import (
+    Deployment,
+    Draft,
+    Event,
+    Finding,
+    Job,
+    JobState,
+    PolicySetting,
+    SpeculationMode,
+    WorkerInfo,
+    WorkerMark,
+)
 from tided.model.status import EngineStatus, Explanation, PoolStatus, Status
 
 
@@ -31,13 +42,25 @@ class Plane(Protocol):
 
     async def rollback(self, engine: str, actor: str) -> Deployment: ...
 
-    async def jobs(self, limit: int) -> tuple[Job, ...]: ...
+    async def jobs(self, limit: int, state: JobState | None) -> tuple[Job, ...]:
+        """The newest, of a state or of all."""
+        ...
 
     async def job(self, job_id: str) -> Job: ...
 
     async def cancel(self, job_id: str, actor: str) -> Job: ...
 
+    async def retry(self, job_id: str, actor: str) -> Job:
+        """Train again, by a new job, for what a training was about that failed or was cancelled. Raises `Conflict` when it did not."""
+        ...
+
     async def workers(self) -> tuple[WorkerInfo, ...]: ...
+
+    async def cordon(self, worker: str, drain: bool, actor: str) -> WorkerMark:
+        """The worker gets no job until it is uncordoned; `drain`: what it runs ends or is given back."""
+        ...
+
+    async def uncordon(self, worker: str, actor: str) -> WorkerMark: ...
 
     async def pools(self) -> tuple[PoolStatus, ...]:
         """Of each target, its drafts by domain."""

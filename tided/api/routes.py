@@ -20,7 +20,7 @@ from tided.api.metrics import CONTENT_TYPE, exposition
 from tided.api.plane import Plane
 from tided.model.codec import to_plain
 from tided.model.errors import ConfigError, Conflict, InvariantBroken, NotFound, Refused, TideError, Unavailable
-from tided.model.records import SpeculationMode
+from tided.model.records import JobState, SpeculationMode
 
 MAX_LIST = 1000
 MAX_WAIT_S = 30.0
@@ -91,8 +91,11 @@ async def draft(call: Call) -> Any:
 async def jobs(call: Call) -> Any:
     query = Query(call.request)
     limit = query.count("limit", 50, MAX_LIST)
+    state = query.text("state", "")
     query.done()
-    return await call.plane.jobs(limit)
+    if state not in ("", *JobState):
+        raise Refused(f"state {state!r}: expected one of {', '.join(JobState)}")
+    return await call.plane.jobs(limit, JobState(state) if state else None)
 
 
 async def job(call: Call) -> Any:
@@ -165,6 +168,26 @@ async def cancel(call: Call) -> Any:
     return await call.plane.cancel(call.path("job"), call.peer.actor)
 
 
+async def retry(call: Call) -> Any:
+    await read_body(call.request, Nothing)
+    return await call.plane.retry(call.path("job"), call.peer.actor)
+
+
+async def cordon(call: Call) -> Any:
+    await read_body(call.request, Nothing)
+    return await call.plane.cordon(call.path("worker"), False, call.peer.actor)
+
+
+async def drain(call: Call) -> Any:
+    await read_body(call.request, Nothing)
+    return await call.plane.cordon(call.path("worker"), True, call.peer.actor)
+
+
+async def uncordon(call: Call) -> Any:
+    await read_body(call.request, Nothing)
+    return await call.plane.uncordon(call.path("worker"), call.peer.actor)
+
+
 async def set_policy(call: Call) -> Any:
     body = await read_body(call.request, SetPolicy)
     return await call.plane.set_policy(body.mode, body.gamma, call.peer.actor)
@@ -199,6 +222,10 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("POST", "/v1/drafts/{ref}/deploy", Access.OPERATE, deploy),
     Endpoint("POST", "/v1/engines/{engine}/rollback", Access.OPERATE, rollback),
     Endpoint("POST", "/v1/jobs/{job}/cancel", Access.OPERATE, cancel),
+    Endpoint("POST", "/v1/jobs/{job}/retry", Access.OPERATE, retry),
+    Endpoint("POST", "/v1/workers/{worker}/cordon", Access.OPERATE, cordon),
+    Endpoint("POST", "/v1/workers/{worker}/drain", Access.OPERATE, drain),
+    Endpoint("POST", "/v1/workers/{worker}/uncordon", Access.OPERATE, uncordon),
     Endpoint("POST", "/v1/policy", Access.OPERATE, set_policy),
     Endpoint("POST", "/v1/train", Access.OPERATE, train),
     Endpoint("POST", "/v1/purge", Access.OPERATE, purge),

@@ -25,10 +25,12 @@ FOLLOW_WAIT_S = 20.0
 app = typer.Typer(name="tidectl", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 drafts = typer.Typer(no_args_is_help=True, help="Draft versions: make the first, look, deploy, roll back.")
 jobs = typer.Typer(no_args_is_help=True, help="Jobs on workers: training, scoring.")
+workers = typer.Typer(no_args_is_help=True, help="Workers: look, and say which may have jobs.")
 policy = typer.Typer(no_args_is_help=True, help="How many tokens are drafted: tided decides, or you do.")
 train = typer.Typer(no_args_is_help=True, help="Training on demand.")
 config = typer.Typer(no_args_is_help=True, help="Configuration files.")
-for group, name in ((drafts, "drafts"), (jobs, "jobs"), (policy, "policy"), (train, "train"), (config, "config")):
+GROUPS = {"drafts": drafts, "jobs": jobs, "workers": workers, "policy": policy, "train": train, "config": config}
+for name, group in GROUPS.items():
     app.add_typer(group, name=name)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the API's answer as JSON.")]
@@ -78,13 +80,38 @@ def engines(context: typer.Context, as_json: Json = False) -> None:
     render.plain(answer) if as_json else render.engines(_records(EngineStatus, answer))
 
 
-@app.command()
-def workers(context: typer.Context, as_json: Json = False) -> None:
+@workers.command("list")
+def workers_list(context: typer.Context, as_json: Json = False) -> None:
     """The connected workers."""
     from tided.model.records import WorkerInfo
 
     render, answer = _get(context, "/v1/workers")
     render.plain(answer) if as_json else render.workers(_records(WorkerInfo, answer))
+
+
+@workers.command("cordon")
+def workers_cordon(context: typer.Context, worker: str, as_json: Json = False) -> None:
+    """Give a worker no more jobs, until it is uncordoned. What it runs goes on."""
+    _mark(context, worker, "cordon", as_json)
+
+
+@workers.command("drain")
+def workers_drain(context: typer.Context, worker: str, as_json: Json = False) -> None:
+    """Cordon a worker; what it runs ends within its `drain_s`, or is given back."""
+    _mark(context, worker, "drain", as_json)
+
+
+@workers.command("uncordon")
+def workers_uncordon(context: typer.Context, worker: str, as_json: Json = False) -> None:
+    """Let a worker have jobs again."""
+    _mark(context, worker, "uncordon", as_json)
+
+
+def _mark(context: typer.Context, worker: str, verb: str, as_json: bool) -> None:
+    from tided.ctl import render
+
+    answer = _post(context, ("workers", worker, verb), {})
+    render.plain(answer) if as_json else render.say(f"{worker}: {'may have jobs' if answer == 'none' else answer}")
 
 
 @app.command()
@@ -262,12 +289,13 @@ def drafts_rollback(context: typer.Context, engine: str, as_json: Json = False) 
 def jobs_list(
     context: typer.Context,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="At most this many, newest first.")] = 20,
+    state: Annotated[str | None, typer.Option(help="queued, running, succeeded, failed or cancelled.")] = None,
     as_json: Json = False,
 ) -> None:
     """Jobs, newest first."""
     from tided.model.records import Job
 
-    render, answer = _get(context, "/v1/jobs", {"limit": limit})
+    render, answer = _get(context, "/v1/jobs", {"limit": limit, **({"state": state} if state else {})})
     render.plain(answer) if as_json else render.jobs(_records(Job, answer))
 
 
@@ -283,6 +311,12 @@ def jobs_show(context: typer.Context, job: str, as_json: Json = False) -> None:
 def jobs_cancel(context: typer.Context, job: str, as_json: Json = False) -> None:
     """Stop a job. A running attempt ends within one lease."""
     _show_job(_post(context, ("jobs", job, "cancel"), {}), as_json)
+
+
+@jobs.command("retry")
+def jobs_retry(context: typer.Context, job: str, as_json: Json = False) -> None:
+    """Train again, by a new job, where a training failed or was cancelled: from what is stored now."""
+    _show_job(_post(context, ("jobs", job, "retry"), {}), as_json)
 
 
 @policy.command("show")

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tided.ctl import words
-from tided.model.records import Canary, Deployment, Draft, EngineInfo, Event, Job, WorkerInfo
+from tided.model.records import Canary, Deployment, Draft, EngineInfo, Event, Job, JobState, WorkerInfo
 from tided.model.status import EngineStatus, Explanation, PoolStatus, Status
 
 LABEL_WIDTH = 11
@@ -43,7 +43,7 @@ def status(snapshot: Status) -> None:
         console.print(Text("\nno engine is connected: start tide-engine with the same redis.url"))
     console.print()
     for worker in snapshot.workers:
-        _line(console, "worker", f"{worker.worker}: {worker.job or ('draining' if worker.draining else 'idle')}")
+        _line(console, "worker", f"{worker.worker}: {words.doing(worker)}")
     if not snapshot.workers:
         _line(console, "worker", "none is connected: nothing can be trained")
     for job in snapshot.active_jobs:
@@ -189,6 +189,12 @@ def job(item: Job) -> None:
         "created": _clock(item.created_ms),
         "took": _took(item),
     }
+    if item.progress is not None and item.state is JobState.RUNNING:
+        rows["progress"] = words.measured(item.progress) or "nothing measured yet"
+    if item.spec.priority:
+        rows["priority"] = str(item.spec.priority)
+    if needed := words.needs(item.spec.needs):
+        rows["needs"] = needed
     if item.result is not None:
         rows["trained"] = f"{item.result.trained_tokens:,} tokens in {words.duration(item.result.seconds)}"
         rows["version"] = words.short(item.result.version)
@@ -196,10 +202,12 @@ def job(item: Job) -> None:
 
 
 def workers(items: Sequence[WorkerInfo]) -> None:
-    table = _table("WORKER", "HOST", "KINDS", "DEVICE", ">THREADS", "DOING")
+    table = _table("WORKER", "HOST", "KINDS", "DEVICE", ">MEMORY", ">TOK/S", "DOING")
     for item in items:
-        doing = item.job or ("draining" if item.draining else "idle")
-        table.add_row(item.worker, item.host, ", ".join(item.kinds), item.device, str(item.threads), doing)
+        device = f"{item.devices} x {item.device}" if item.devices > 1 else item.device
+        memory = words.size(item.memory_bytes) if item.memory_bytes else "-"
+        rate = f"{item.rate:,.0f}" if item.rate else "-"
+        table.add_row(item.worker, item.host, ", ".join(item.kinds), device, memory, rate, words.doing(item))
     _show(table, items, "no worker is connected")
 
 

@@ -3,7 +3,18 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from tided.model.records import Canary, Deployment, Job, JobState, PolicySetting, SpeculationMode, Verification
+from tided.model.records import (
+    Canary,
+    Deployment,
+    Job,
+    JobState,
+    Needs,
+    PolicySetting,
+    Progress,
+    SpeculationMode,
+    Verification,
+    WorkerInfo,
+)
 from tided.model.status import EngineStatus, SampleTotals, Status, TrainingStatus
 
 
@@ -138,6 +149,29 @@ def headline(status: Status) -> str:
     return f"{about} {role}, {up}, Redis connected"
 
 
+def doing(worker: WorkerInfo) -> str:
+    """ "idle", "job-1", "job-1, draining", "cordoned"."""
+    mark = "draining" if worker.draining else "cordoned" if worker.cordoned else ""
+    return ", ".join(part for part in (worker.job, mark) if part) or "idle"
+
+
+def measured(progress: Progress) -> str:
+    """ "loss 2.31, length 1.92, 1,240 tokens/s": what a running attempt has measured so far."""
+    parts = (
+        f"loss {progress.loss:.2f}" if progress.loss is not None else "",
+        f"length {progress.accept_length:.2f}" if progress.accept_length is not None else "",
+        f"{progress.tokens_per_s:,.0f} tokens/s" if progress.tokens_per_s is not None else "",
+    )
+    return ", ".join(part for part in parts if part)
+
+
+def needs(item: Needs) -> str:
+    """ "2 x cuda, 80.0 GiB each"; "" for what any worker has."""
+    devices = f"{item.devices} x {item.device or 'any device'}" if item.devices > 1 else item.device
+    memory = f"{size(item.memory_bytes)} each" if item.memory_bytes else ""
+    return ", ".join(part for part in (devices, memory) if part)
+
+
 def job_progress(job: Job) -> str:
     """ "43%, 1 min 20 s left: training"."""
     if job.state is JobState.QUEUED:
@@ -148,7 +182,8 @@ def job_progress(job: Job) -> str:
         if job.progress is None:
             return "started"
         eta = f", {duration(job.progress.eta_s)} left" if job.progress.eta_s >= 0 else ""
-        return f"{job.progress.fraction:.0%}{eta}: {job.progress.note}"
+        figures = measured(job.progress)
+        return f"{job.progress.fraction:.0%}{eta}: {job.progress.note}{f' ({figures})' if figures else ''}"
     if job.error:
         return job.error
     if job.result is not None and job.result.candidate is not None:

@@ -248,6 +248,15 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Needs:
+    """What a worker must have to run a job. `device`: a kind as torch names it, "" for any; `memory_bytes`: of each device."""
+
+    device: str = ""
+    devices: int = 1
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class StoredObject:
     """A shard, a draft or reference states that tided and workers hand over by the shared storage: under `key`, `bytes` of content whose
     SHA-256 is `sha256`. `path`: its name in the job or the result that it belongs to."""
@@ -261,7 +270,7 @@ class StoredObject:
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """What a worker is asked to do: data only, never code. Paths are on the filesystem that hosts share; with a shared storage they are
-    names, and what they name is in `objects`.
+    names, and what they name is in `objects`. `priority`: of its target, 0 to 9, higher is more urgent.
 
     train: from `draft`, on `shards`, evaluate parent and child on `held_out`. score: evaluate `draft` on `held_out`, and for
     each temperature of `mix` (temperature, share of the requests) where its samples have the last hidden state; with `groups` only on
@@ -290,6 +299,8 @@ class JobSpec:
     candidates: tuple[Candidate, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)  # trainer options, checked by tided.training
     objects: tuple[StoredObject, ...] = ()
+    priority: int = 0
+    needs: Needs = Needs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,7 +384,9 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """A worker's heartbeat, written by the worker under a TTL."""
+    """A worker's heartbeat, written by the worker under a TTL. `memory_bytes`: of each device, 0 if not known; `rate`: tokens/s of its
+    newest training, 0 before the first; `cordoned`: the operator wants it to claim nothing; `draining`: what it runs
+    ends or is given back."""
 
     worker: str
     incarnation: str
@@ -384,6 +397,18 @@ class WorkerInfo:
     job: str = ""
     draining: bool = False
     pid: int = 0
+    devices: int = 1
+    memory_bytes: int = 0
+    rate: float = 0.0
+    cordoned: bool = False
+
+
+class WorkerMark(StrEnum):
+    """What an operator wants of a worker, until the next time. Kept whether or not the worker is there."""
+
+    NONE = "none"
+    CORDON = "cordon"  # it gets no job
+    DRAIN = "drain"  # and what it runs ends, or is given back
 
 
 # --- the self-test ---------------------------------------------------------------------------------------------------

@@ -111,6 +111,7 @@ async def _scored(
         gamma=drafted.gamma,
         groups=drafted.groups,
         previous_dir=str(context.drafts.path(previous)) if previous else "",
+        priority=context.priority_of(info.target.digest),
     )
     attempts = context.training_for(info.target.digest).max_attempts
     job = await context.submit(spec, attempts, new_id("job"))

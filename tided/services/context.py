@@ -127,9 +127,17 @@ class Context:
 
     def training_for(self, target: str) -> TrainingConfig:
         """[training] as it holds for a target, by digest."""
-        name = self.targets[target].name if target in self.targets else ""
-        configured = next((item for item in self.config.target if item.lineage == name), None)
+        configured = self._configured(target)
         return self.config.training_of(configured) if configured is not None else self.config.training
+
+    def priority_of(self, target: str) -> int:
+        """How urgent the jobs of a target are, by digest."""
+        configured = self._configured(target)
+        return configured.priority if configured is not None else 0
+
+    def _configured(self, target: str) -> TargetConfig | None:
+        name = self.targets[target].name if target in self.targets else ""
+        return next((item for item in self.config.target if item.lineage == name), None)
 
     async def submit(self, spec: JobSpec, max_attempts: int, job_id: str) -> Job:
         """Queue a job, with what a worker on another host needs for it. Raises `Unavailable`, `Superseded`."""

@@ -35,13 +35,15 @@ from tided.policies.base import SpeculationDecision
 from tided.services.canaries import Canaries
 from tided.services.context import Context
 from tided.services.deployer import Deployer
-from tided.services.dispatcher import Dispatcher, TrainingView
+from tided.services.dispatcher import Dispatcher
 from tided.services.faults import FaultWatch
 from tided.services.monitor import EngineView, Monitor
 from tided.services.pools import Heads, Member, Pool
 from tided.services.scout import Scout
 from tided.services.selftest import SelfTest
 from tided.services.speculator import Speculator, in_force
+from tided.services.training_view import TrainingView
+from tided.services.workforce import Workforce
 from tided.store.pressing import press
 
 REAP_EVERY_S = 2.0
@@ -79,6 +81,7 @@ class Controller:
         self._training_locks: dict[str, anyio.Lock] = {}
         self._init_lock = anyio.Lock()
         self._reaped_s = float("-inf")
+        self.workforce = Workforce(context)
 
     def lock(self, engine: str) -> anyio.Lock:
         """Held while an engine is reconciled, and by whoever else changes its stored state."""
@@ -113,6 +116,7 @@ class Controller:
         await context.read_targets()
         if context.leadership.epoch is None:
             self.pools, self.training = {}, {}
+            self.workforce.forget()
             return []
         done: list[str] = []
         problems: dict[str, str] = {}
@@ -131,6 +135,7 @@ class Controller:
         self._note(problems)
         if now_s - self._reaped_s >= REAP_EVERY_S:
             self._reaped_s = now_s
+            await self.workforce.look(now_ms)
             done += [f"reaped {job.id}" for job in await self._reap()]
         return done
 

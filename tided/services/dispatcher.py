@@ -8,9 +8,6 @@ between submits the same job and not a second one; a finished job's draft has on
 function of the evaluations; what became of the version on its canary is stored before the cycle ends.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import anyio.to_thread
 
 from tided.machine import collection as machine
@@ -18,7 +15,6 @@ from tided.machine.collection import (
     AnnounceDrift,
     Collection,
     CollectionEvent,
-    CollectionRules,
     DriftAnswered,
     JobSubmitted,
     Outcome,
@@ -34,42 +30,21 @@ from tided.model import failpoints
 from tided.model.errors import Conflict, Refused
 from tided.model.ids import new_id
 from tided.model.records import (
-    Canary,
-    CanaryState,
     Capability,
-    Draft,
-    DraftOrigin,
     Job,
     JobKind,
-    JobResult,
     JobSpec,
     JobState,
+    Needs,
 )
-from tided.services import gate
 from tided.services.canaries import Canaries
 from tided.services.context import Context
+from tided.services.finishing import Ending, Finishing
 from tided.services.pools import Heads, Member, Pool
 from tided.services.stock import Stock, Stockroom
+from tided.services.training_view import TrainingView, ripe_rows, rules_of, view_of
 
 STATE = "collection"
-AHEAD = 3
-"""While a training is under way, up to so many times `min_rows` are captured ahead."""
-
-_OUTCOMES = {
-    CanaryState.PASSED: Outcome.DEPLOYED,
-    CanaryState.FAILED: Outcome.ROLLED_BACK,
-    CanaryState.WITHDRAWN: Outcome.FAILED,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingView:
-    """What the controller and the status read: the machine's state, and what is in stock for it."""
-
-    collection: Collection
-    stock: Stock
-    capture: bool
-    reason: str
 
 
 class Dispatcher:
@@ -79,15 +54,17 @@ class Dispatcher:
         self._context = context
         self._heads = heads
         self._canaries = canaries
+        self._finishing = Finishing(context, canaries)
         self._stockroom = Stockroom(context)
 
     async def reap(self) -> list[Job]:
-        """Take back the jobs whose worker stopped renewing. Raises `Unavailable`, `Superseded`."""
+        """Take back the jobs whose worker stopped renewing, and tell of those that failed. Raises `Unavailable`, `Superseded`."""
         context = self._context
         reaped = await context.jobs.reap(context.leadership.require())
         for job in reaped:
-            kind = "job-failed" if job.state is JobState.FAILED else "job-requeued"
-            await context.announce(kind, job.id, job.error or f"attempt {job.attempt} was taken back")
+            kind = {JobState.FAILED: "job-failed", JobState.QUEUED: "job-requeued"}.get(job.state)
+            if kind is not None:  # that one was cancelled is in the audit
+                await context.announce(kind, job.id, job.error)
         return reaped
 
     async def current(self, target: str) -> Collection:
@@ -98,7 +75,7 @@ class Dispatcher:
         """For the status, in standby too."""
         collection = await self.current(target)
         stock = await self._stockroom.stock(target, collection.since_ms)
-        return self._shown(target, collection, stock, await self._context.now_ms())
+        return view_of(collection, stock, self._context.training_for(target), await self._context.now_ms())
 
     async def reconcile(self, pool: Pool, now_ms: int) -> TrainingView:
         """Take the target's training cycle one step further. Raises `Unavailable`, `Superseded`."""
@@ -111,14 +88,13 @@ class Dispatcher:
         drifts = collection.drifts
         collection, _ = await self._apply(pool, collection, TrendJudged(now_ms, low, _since_ms(pool, low)))
         stock = await self._stockroom.stock(target, collection.since_ms, pool.domain)
-        if (
-            self._context.training_for(target).enabled and collection.drifts == drifts
-        ):  # the scout looks at a drift first
-            rows = self._ripe_rows(pool, stock, now_ms)
+        settings = self._context.training_for(target)
+        if settings.enabled and collection.drifts == drifts:  # the scout looks at a drift first
+            rows = ripe_rows(stock, settings, pool, now_ms)
             collection, _ = await self._apply(pool, collection, RowsStored(now_ms, rows))
         if collection.phase is Phase.TRAINING:
             collection = await self._training(pool, collection, stock, now_ms)
-        return self._shown(target, collection, stock, now_ms, pool)
+        return view_of(collection, stock, settings, now_ms, pool)
 
     async def request(self, pool: Pool, event: CollectionEvent) -> Job:
         """An operator asks for a training. Raises `Conflict` when one is under way, `Refused` when there is nothing to train on."""
@@ -133,7 +109,7 @@ class Dispatcher:
     async def _apply(self, pool: Pool, before: Collection, event: CollectionEvent) -> tuple[Collection, str]:
         """One step of the machine and its actions, stored. Gives the state and why the event was rejected, if it was."""
         context, name = self._context, pool.target.name
-        after, actions = machine.step(before, event, self._rules(pool.digest))
+        after, actions = machine.step(before, event, rules_of(context.training_for(pool.digest)))
         rejected = ""
         for action in actions:
             match action:
@@ -166,16 +142,16 @@ class Dispatcher:
             try:
                 await self._submitted(pool, collection, stock)
             except Refused as exc:
-                return await self._ended(pool, collection, None, Outcome.FAILED, str(exc), now_ms)
+                return await self._ended(pool, collection, None, Ending(Outcome.FAILED, str(exc)), now_ms)
             return collection
         match job.state:
             case JobState.QUEUED | JobState.RUNNING:
-                return collection
+                ending = None
             case JobState.FAILED | JobState.CANCELLED:
-                why = job.error or f"job {job.id} was {job.state}"
-                return await self._ended(pool, collection, job, Outcome.FAILED, why, now_ms)
+                ending = Ending(Outcome.FAILED, job.error or f"job {job.id} was {job.state}")
             case JobState.SUCCEEDED:
-                return await self._succeeded(pool, collection, job, now_ms)
+                ending = await self._finishing.reconcile(pool, job, now_ms)
+        return collection if ending is None else await self._ended(pool, collection, job, ending, now_ms)
 
     async def _submitted(self, pool: Pool, collection: Collection, stock: Stock) -> Job:
         context, target = self._context, pool.target
@@ -196,185 +172,26 @@ class Dispatcher:
             gamma=pool.drafted(context.config.speculation.gamma_max),
             budget_s=settings.budget_s,
             options={"adapt_vocabulary": pool.can(Capability.SWAP_VOCABULARY)},
+            priority=context.priority_of(pool.digest),
+            needs=Needs(settings.device, settings.devices, settings.memory_bytes),
         )
         failpoints.hit("dispatcher.submitting")
         job = await context.submit(spec, settings.max_attempts, collection.job)
         failpoints.hit("dispatcher.submitted")
         return job
 
-    async def _succeeded(self, pool: Pool, collection: Collection, job: Job, now_ms: int) -> Collection:
-        """The job gave a draft: store it, judge it, and follow its canary to the end."""
-        result = job.result
-        if result is None or result.incumbent is None or result.candidate is None:
-            why = f"job {job.id}: its result has no staged draft with two evaluations"
-            return await self._ended(pool, collection, job, Outcome.FAILED, why, now_ms)
-        canary = await self._canaries.of(pool, job)
-        if canary is not None:
-            return await self._proving(pool, collection, job, canary, now_ms)
-        try:
-            draft = await self._stored(pool, job, result, now_ms)
-        except Refused as exc:
-            return await self._ended(pool, collection, job, Outcome.FAILED, str(exc), now_ms)
-        if draft is None:
-            return collection  # it is on its way to this host
-        failpoints.hit("dispatcher.stored")
-        decision = gate.judge(result.incumbent, result.candidate, self._context.config.gate)
-        if decision.verdict is gate.Verdict.PASS:
-            return await self._passed(pool, collection, job, draft, decision, now_ms)
-        await self._announce_gate(pool, draft, decision)
-        outcome = Outcome.WORSE if decision.verdict is gate.Verdict.FAIL else Outcome.UNDECIDED
-        return await self._ended(pool, collection, job, outcome, decision.reason, now_ms)
-
-    async def _passed(
-        self, pool: Pool, collection: Collection, job: Job, draft: Draft, decision: gate.GateDecision, now_ms: int
-    ) -> Collection:
-        if pool.hold:
-            return collection  # which draft shall serve is just being found out
-        if all(member.view.info.version != job.spec.draft for member in pool.members):
-            serves = pool.members[0].view.info.version[:12] or "no draft"
-            why = f"{serves} is served now, the gate compared with {job.spec.draft[:12]}"
-            return await self._ended(pool, collection, job, Outcome.UNDECIDED, why, now_ms)
-        await self._announce_gate(pool, draft, decision)
-        canary = await self._canaries.begin(pool, job, draft, now_ms)
-        return await self._proving(pool, collection, job, canary, now_ms)
-
-    async def _proving(self, pool: Pool, collection: Collection, job: Job, canary: Canary, now_ms: int) -> Collection:
-        canary = await self._canaries.reconcile(pool, canary, now_ms)
-        outcome = _OUTCOMES.get(canary.state)
-        if outcome is None:
-            return collection
-        why = canary.reason
-        if outcome is Outcome.DEPLOYED:
-            why = (
-                f"{canary.version[:12]} is live on {canary.engine}"
-                if canary.engine
-                else f"{canary.version[:12]}: {why}"
-            )
-        return await self._ended(pool, collection, job, outcome, why, now_ms)
-
     async def _ended(
-        self, pool: Pool, collection: Collection, job: Job | None, outcome: Outcome, why: str, now_ms: int
+        self, pool: Pool, collection: Collection, job: Job | None, ending: Ending, now_ms: int
     ) -> Collection:
         """A cycle is over. Its samples go when they taught us something: consumed, a bounded part kept as replay."""
-        if job is not None and outcome in (Outcome.DEPLOYED, Outcome.WORSE, Outcome.ROLLED_BACK):
+        if job is not None and ending.outcome in (Outcome.DEPLOYED, Outcome.WORSE, Outcome.ROLLED_BACK):
             await self._stockroom.retire(pool.digest, job.spec.shards, pool.domain, pool.domains)
         failpoints.hit("dispatcher.retired")
-        await self._context.announce("training-ended", pool.target.name, f"{outcome}: {why}", job=collection.job)
-        gain, worker_ms = self._gain(job), _worker_ms(job)
-        after, _ = await self._apply(pool, collection, TrainingEnded(now_ms, outcome, gain, worker_ms))
+        message = f"{ending.outcome}: {ending.why}"
+        await self._context.announce("training-ended", pool.target.name, message, job=collection.job)
+        event = TrainingEnded(now_ms, ending.outcome, ending.gain, _worker_ms(job))
+        after, _ = await self._apply(pool, collection, event)
         return after
-
-    def _gain(self, job: Job | None) -> float:
-        """By which share the gate found the job's draft better; 1.0 where it found nothing."""
-        result = job.result if job is not None else None
-        if result is None or result.incumbent is None or result.candidate is None:
-            return 1.0
-        decision = gate.judge(result.incumbent, result.candidate, self._context.config.gate)
-        return decision.gain / decision.incumbent if decision.incumbent > 0.0 else 1.0
-
-    async def _stored(self, pool: Pool, job: Job, result: JobResult, now_ms: int) -> Draft | None:
-        """The job's draft in the store; the same record when it is there already, None while it is on its way to this host."""
-        context = self._context
-
-        def add(staged: Path) -> Draft:
-            return context.drafts.add(
-                staged,
-                lineage=job.spec.lineage,
-                parent=job.spec.draft,
-                origin=DraftOrigin.TRAINED,
-                target=pool.target.info,
-                job=job.id,
-                evaluation=result.candidate,
-                now_ms=now_ms,
-            )
-
-        try:
-            return await anyio.to_thread.run_sync(context.drafts.get, result.version)
-        except Refused:
-            staged = context.exchange.taken(result)
-            if staged is None:
-                return None
-            draft = await anyio.to_thread.run_sync(add, staged)
-        if draft.version != result.version:
-            raise Refused(f"job {job.id}: staged draft is {draft.version[:12]}, its result says {result.version[:12]}")
-        await context.announce("draft-added", draft.version, f"{draft.lineage}@{draft.number} from job {job.id}")
-        return draft
-
-    async def _announce_gate(self, pool: Pool, draft: Draft, decision: gate.GateDecision) -> None:
-        await self._context.announce(
-            "gate-decided",
-            pool.target.name,
-            f"{draft.lineage}@{draft.number}: {decision.verdict}: {decision.reason}",
-            version=draft.version,
-            verdict=decision.verdict.value,
-            incumbent=round(decision.incumbent, 4),
-            candidate=round(decision.candidate, 4),
-            gain=round(decision.gain, 4),
-            lower=round(decision.lower, 4),
-            requests=decision.requests,
-            tokens=decision.tokens,
-        )
-
-    def _rules(self, target: str) -> CollectionRules:
-        settings = self._context.training_for(target)
-        return CollectionRules(
-            min_rows=settings.min_rows,
-            max_rows=AHEAD * settings.min_rows,
-            cool_down_ms=round(settings.cool_down_s * 1000),
-            jobs_per_hour=settings.jobs_per_hour,
-            worker_ms_per_hour=round(settings.worker_s_per_hour * 1000),
-            job_ms=round(settings.budget_s * 1000),
-            plateau_gain=settings.plateau_gain,
-        )
-
-    def _ripe_rows(self, pool: Pool, stock: Stock, now_ms: int) -> int:
-        """Rows as the machine may count them: below its threshold until the gate could judge what comes out, and while something speaks
-        against any training."""
-        least = self._context.training_for(pool.digest).min_rows
-        ripe = stock.judgeable and not _hindrance(pool, now_ms)
-        return stock.fresh_rows if ripe else min(stock.fresh_rows, least - 1)
-
-    def _shown(
-        self, target: str, collection: Collection, stock: Stock, now_ms: int, pool: Pool | None = None
-    ) -> TrainingView:
-        settings = self._context.training_for(target)
-        # Without samples nobody can say whether an engine is at fault, or no more.
-        asked = pool is not None and bool(pool.suspected or pool.wary(now_ms))
-        rules = self._rules(target)
-        capture = settings.enabled and (asked or machine.capture_wanted(collection, rules))
-        if not settings.enabled:
-            return TrainingView(collection, stock, capture, "training is disabled in the configuration")
-        match collection.phase:
-            case Phase.TRAINING:
-                reason = f"job {collection.job}, or its draft's gate and deployment, is under way"
-            case Phase.STOPPED:
-                reason = "the last training gave nothing better: waiting for drift"
-                if machine.plateaued(collection, rules):
-                    gains = ", ".join(f"{gain:.1%}" for gain in collection.gains)
-                    reason = f"the last trainings gained next to nothing ({gains}): waiting for drift"
-            case Phase.COLLECTING:
-                reason = f"{stock.fresh_rows} of {settings.min_rows} rows"
-                if stock.fresh_rows >= settings.min_rows and not stock.judgeable:
-                    reason += ", waiting for more held-out requests"
-                elif stock.fresh_rows >= settings.min_rows and now_ms < collection.not_before_ms:
-                    reason += f", cooling down for {(collection.not_before_ms - now_ms) / 1000:.0f} s"
-                if over := machine.over_budget(collection, now_ms, rules):
-                    reason += f", {over}"
-        hindrance = _hindrance(pool, now_ms) if pool is not None else ""
-        if collection.phase is not Phase.TRAINING and hindrance:
-            reason += f", not training {hindrance}"
-        return TrainingView(collection, stock, capture, reason)
-
-
-def _hindrance(pool: Pool, now_ms: int) -> str:
-    """Until or while what no training may begin, or "": what a suspected engine serves badly, no training mends."""
-    if pool.suspected:
-        return f"while a fault of {', '.join(pool.suspected)} is suspected"
-    if pool.questioned:
-        return f"until a score says why the acceptance of {', '.join(pool.questioned)} has fallen"
-    if wary := pool.wary(now_ms):
-        return f"until it is sure whether the acceptance of {', '.join(wary)} falls"
-    return f"while {pool.hold}" if pool.hold else ""
 
 
 def _low(pool: Pool, collection: Collection, incumbent: str) -> tuple[str, ...]:

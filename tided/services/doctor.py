@@ -124,7 +124,9 @@ async def _workers(controller: Controller) -> list[Check]:
     workers = await controller.context.workers.list()
     checks: list[Check] = []
     for kind in (JobKind.TRAIN, JobKind.REFERENCE):
-        able = [worker.worker for worker in workers if kind in worker.kinds and not worker.draining]
+        able = [
+            worker.worker for worker in workers if kind in worker.kinds and not worker.draining and not worker.cordoned
+        ]
         checks.append(
             _check(
                 f"{kind} jobs",

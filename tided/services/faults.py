@@ -123,6 +123,7 @@ class FaultWatch:
             mix=mix,
             candidates=await self._rivals(target.info.digest, draft.version, engines) if wanted.fallen else (),
             options={"held_out_tokens": TOKENS},
+            priority=context.priority_of(target.info.digest),
         )
 
     def _samples(self, target: str, engine: str, since_ms: int) -> list[Shard]:

@@ -35,6 +35,11 @@ class GateDecision:
     tokens: int
     reason: str
 
+    @property
+    def gain_share(self) -> float:
+        """Of the incumbent's acceptance length; 1.0 where that is not known."""
+        return self.gain / self.incumbent if self.incumbent > 0.0 else 1.0
+
 
 def judge(incumbent: Evaluation, candidate: Evaluation, config: GateConfig) -> GateDecision:
     """Compare two evaluations, matched by group. Deterministic for the same evaluations and configuration."""

@@ -24,20 +24,22 @@ from tided.model.records import (
     Event,
     Finding,
     Job,
+    JobKind,
     JobState,
     PolicySetting,
     SpeculationMode,
     WorkerInfo,
+    WorkerMark,
 )
 from tided.model.status import Choice, EngineStatus, Explanation, PoolStatus, SpeculationStatus, Status, TrainingStatus
 from tided.services import pooled
 from tided.services.controller import Controller
 from tided.services.deployer import ROLLBACK, TALLY, Tally, check_fit
-from tided.services.dispatcher import TrainingView
 from tided.services.doctor import look_over
 from tided.services.monitor import EngineView
 from tided.services.pools import Head
 from tided.services.speculator import in_force
+from tided.services.training_view import TrainingView
 from tided.store import purge
 from tided.store.ledger import read_ledger
 
@@ -109,8 +111,8 @@ class ControlPlane:
     async def draft(self, ref: str) -> Draft:
         return await anyio.to_thread.run_sync(self._context.drafts.get, ref)
 
-    async def jobs(self, limit: int) -> tuple[Job, ...]:
-        return tuple(await self._context.jobs.list(limit))
+    async def jobs(self, limit: int, state: JobState | None) -> tuple[Job, ...]:
+        return tuple(await self._context.jobs.list(limit, (state,) if state is not None else ()))
 
     async def job(self, job_id: str) -> Job:
         job = await self._context.jobs.get(check_name(job_id, "job"))
@@ -212,6 +214,37 @@ class ControlPlane:
 
         return await self._audited("cancel", job_id, actor, do)
 
+    async def retry(self, job_id: str, actor: str) -> Job:
+        async def do() -> Job:
+            self._context.leadership.require()
+            job = await self.job(job_id)
+            if job.state not in (JobState.FAILED, JobState.CANCELLED):
+                raise Conflict(f"job {job_id} is {job.state}: only what failed or was cancelled is done again")
+            if job.spec.kind is not JobKind.TRAIN:
+                raise Refused(f"job {job_id}: whoever asked for this {job.spec.kind} asks again by itself")
+            return await self._train(job.spec.target)
+
+        return await self._audited("retry", job_id, actor, do)
+
+    async def cordon(self, worker: str, drain: bool, actor: str) -> WorkerMark:
+        mark = WorkerMark.DRAIN if drain else WorkerMark.CORDON
+        return await self._marked(worker, mark, actor)
+
+    async def uncordon(self, worker: str, actor: str) -> WorkerMark:
+        return await self._marked(worker, WorkerMark.NONE, actor)
+
+    async def _marked(self, worker: str, mark: WorkerMark, actor: str) -> WorkerMark:
+        async def do() -> WorkerMark:
+            workers, epoch = self._context.workers, self._context.leadership.require()
+            name = check_name(worker, "worker")
+            known = name in {info.worker for info in await workers.list()}
+            if not known and await workers.marked(name) is WorkerMark.NONE:
+                raise NotFound(f"no worker {name}: see `tidectl workers list`")
+            await workers.mark(name, mark, epoch)
+            return mark
+
+        return await self._audited("uncordon" if mark is WorkerMark.NONE else mark.value, worker, actor, do)
+
     async def set_policy(self, mode: SpeculationMode, gamma: int, actor: str) -> PolicySetting:
         async def do() -> PolicySetting:
             most = self._context.config.speculation.gamma_max
@@ -231,13 +264,7 @@ class ControlPlane:
             problem = self._controller.problems.get(view.engine, "")
             if problem:
                 raise Refused(problem)
-            target = view.info.target.digest
-            event = TrainingRequested(await self._context.now_ms())
-            async with self._controller.training_lock(target):
-                pool = self._controller.pools.get(target)
-                if pool is None:
-                    raise Refused(f"no engine of target {view.info.target.name} is in order: see `tidectl status`")
-                return await self._controller.dispatcher.request(pool, event)
+            return await self._train(view.info.target.digest)
 
         return await self._audited("train", engine or "the only target", actor, do)
 
@@ -253,6 +280,17 @@ class ControlPlane:
         return await self._audited("purge", engine or "all engines", actor, do)
 
     # --- how ---
+
+    async def _train(self, target: str) -> Job:
+        """From what is stored for a target, by its digest."""
+        event = TrainingRequested(await self._context.now_ms())
+        async with self._controller.training_lock(target):
+            pool = self._controller.pools.get(target)
+            if pool is None:
+                known = self._context.targets.get(target)
+                name = known.name if known is not None else target[:12]
+                raise Refused(f"no engine of target {name} is in order: see `tidectl status`")
+            return await self._controller.dispatcher.request(pool, event)
 
     async def _discarded(self, engine: str) -> None:
         """Wait until the collector has discarded what was marked."""

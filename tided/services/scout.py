@@ -264,6 +264,7 @@ class Scout:
             gamma=pool.drafted(context.config.speculation.gamma_max),
             candidates=await self._fitting(others, pool.infos),
             options={"held_out_tokens": tokens},
+            priority=self._context.priority_of(target.info.digest),
         )
         await context.submit(spec, MAX_ATTEMPTS, scouting.job)
 

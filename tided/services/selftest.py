@@ -228,6 +228,7 @@ class SelfTest:
                 target_dir=str(context.target_of(target).path.absolute()),
                 token_ids=flat,
                 options={"lengths": [len(ids) for ids in tokens]},
+                priority=context.priority_of(target.digest),
             )
             job = await context.submit(spec, context.training_for(target.digest).max_attempts, job_id)
         if job.state in (JobState.FAILED, JobState.CANCELLED):

@@ -7,6 +7,7 @@ import structlog
 from redis.asyncio import Redis
 
 from tided.machine.job import Verdict
+from tided.machine.placement import Capacity, Offer, queue_of
 from tided.model.errors import Conflict, NotFound, Refused
 from tided.model.ids import check_name, new_id
 from tided.model.records import Job, JobKind, JobResult, JobSpec, JobState, Progress
@@ -17,6 +18,8 @@ from tided.wire import keys
 from tided.wire.control import MAX_MESSAGE_BYTES, decode, encode
 
 MAX_ERROR_CHARS = 2_000
+PLAIN = Capacity()
+"""One processor host, of which nothing more is known."""
 WEEK_S = 7 * 86_400.0
 
 
@@ -53,8 +56,9 @@ class JobStore:
         job_id = check_name(job_id or new_id("job"), "job")
         if max_attempts < 1:
             raise Refused(f"job {job_id}: max_attempts must be at least 1, got {max_attempts}")
+        alike = queue_of(spec.priority, spec.kind, spec.needs)
         reply = await job_scripts.submit(
-            self._redis, self._keep_ms, job_id, epoch, _packed(job_id, spec), spec.kind.value, max_attempts
+            self._redis, self._keep_ms, job_id, epoch, _packed(job_id, spec), alike, max_attempts
         )
         return _job(reply)
 
@@ -64,11 +68,13 @@ class JobStore:
             found = fields(await self._redis.hgetall(keys.job(job_id)))
         return _from_fields(job_id, found) if found else None
 
-    async def claim(self, worker: str, kinds: Sequence[JobKind]) -> Claim | None:
-        """Take the job of these kinds (in their order) due for longest (to the millisecond), for `lease_s`. None if none is due."""
-        reply = await job_scripts.claim(
-            self._redis, self._keep_ms, self._lease_ms, check_name(worker, "worker"), [kind.value for kind in kinds]
-        )
+    async def claim(self, worker: str, kinds: Sequence[JobKind], has: Capacity = PLAIN) -> Claim | None:
+        """Take the most urgent job of these kinds that a worker with this can run, for `lease_s`; see `tided.machine.placement`.
+
+        None if none is due, if the worker is cordoned, or while a much faster one may take it.
+        """
+        offer = Offer(tuple(kinds), has)
+        reply = await job_scripts.claim(self._redis, self._keep_ms, self._lease_ms, check_name(worker, "worker"), offer)
         if reply is None:
             return None
         job = _job(reply)
@@ -116,12 +122,16 @@ class JobStore:
         return _job(reply)
 
     async def reap(self, epoch: int) -> list[Job]:
-        """Take expired claims (by Redis TIME) back; the jobs as they are afterwards. Raises `Superseded` for an old epoch."""
+        """Take expired claims (by Redis TIME) back; the jobs as they are afterwards, and those that have failed for good since the last
+        call. Each is told once. Raises `Superseded` for an old epoch."""
         return _readable(await job_scripts.reap(self._redis, self._keep_ms, epoch))
 
     async def list(self, limit: int = 50, states: Sequence[JobState] = ()) -> list[Job]:
-        """The newest jobs first, of the given states only (none given: all). An unreadable one is logged and left out."""
-        found = await job_scripts.find(self._redis, self._keep_ms, limit, [state.value for state in states])
+        """The newest jobs first, of the given states only (none given: all). An unreadable one is logged and left out.
+
+        Of each state the `limit` jobs that came into it last are looked at.
+        """
+        found = await job_scripts.find(self._redis, self._keep_ms, limit, [state.value for state in states or JobState])
         return _readable(found)
 
 

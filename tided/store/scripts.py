@@ -14,6 +14,8 @@ from tided.model.errors import Superseded
 from tided.store.client import translated
 from tided.wire import keys
 
+DAY_MS = 86_400_000
+
 PRELUDE = """
 local function now_ms()
   local t = redis.call('TIME')
@@ -73,13 +75,25 @@ local owner = redis.call('HGET', KEYS[1], 'incarnation')
 if owner and owner ~= ARGV[1] and ARGV[4] ~= '1' then return 0 end
 redis.call('HSET', KEYS[1], 'incarnation', ARGV[1], 'info', ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
-if redis.call('EXISTS', KEYS[2]) == 1 then return 2 end
-return 1
+redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', int(now_ms() - ARGV[6]))
+redis.call('ZADD', KEYS[3], int(now_ms()), ARGV[5])
+redis.call('PEXPIRE', KEYS[3], ARGV[6])
+local wish = redis.call('GET', KEYS[2])
+return wish == 'drain' and 3 or wish and 2 or 1
 """
 
 _REMOVE_WORKER = """
 if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
+redis.call('ZREM', KEYS[2], ARGV[2])
 return redis.call('DEL', KEYS[1])
+"""
+
+_WORKERS = """
+local found = {}
+for _, name in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+  found[#found + 1] = {name, redis.call('HGET', ARGV[1] .. name, 'info') or ''}
+end
+return found
 """
 
 
@@ -140,11 +154,17 @@ async def tell(redis: Redis, stream: str, message: bytes, epoch: int, maxlen: in
 
 
 async def heartbeat(redis: Redis, worker: str, incarnation: str, info: bytes, ttl_ms: int, *, take: bool) -> int:
-    """A worker's heartbeat. 0: another incarnation has the name; 1: noted; 2: noted, and it should drain. `take` replaces another."""
-    args: list[str | int | bytes] = [incarnation, info, ttl_ms, int(take)]
-    return int(await run(redis, _HEARTBEAT, [keys.worker(worker), keys.drain(worker)], args))
+    """A worker's heartbeat. 0: another incarnation has the name; 1: noted; 2: it is cordoned; 3: and drains. `take` replaces another."""
+    args: list[str | int | bytes] = [incarnation, info, ttl_ms, int(take), worker, DAY_MS]
+    return int(await run(redis, _HEARTBEAT, [keys.worker(worker), keys.cordon(worker), keys.workers()], args))
 
 
 async def remove_worker(redis: Redis, worker: str, incarnation: str) -> None:
     """Forget a worker's heartbeat if this incarnation wrote it."""
-    await run(redis, _REMOVE_WORKER, [keys.worker(worker)], [incarnation])
+    await run(redis, _REMOVE_WORKER, [keys.worker(worker), keys.workers()], [incarnation, worker])
+
+
+async def workers(redis: Redis) -> list[tuple[str, bytes]]:
+    """Name and newest record of the registered workers; no bytes for one whose heartbeat has ended."""
+    found = await run(redis, _WORKERS, [keys.workers()], [keys.WORKER_PREFIX])
+    return [(name.decode(), info) for name, info in found]

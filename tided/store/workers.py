@@ -1,4 +1,8 @@
-"""Workers as Redis knows them: a heartbeat under a TTL, and the operator's wish that one drains."""
+"""Workers as Redis knows them: a heartbeat under a TTL, and an operator's mark on it.
+
+A *cordoned* worker is given no job (the claim script looks) until it is uncordoned: a restart changes nothing. One that *drains* is
+cordoned too, and what it runs may go on for its `drain_s`, and is then given back.
+"""
 
 from enum import IntEnum
 
@@ -6,14 +10,12 @@ import structlog
 from redis.asyncio import Redis
 
 from tided.model.errors import Refused
-from tided.model.records import WorkerInfo
+from tided.model.records import WorkerInfo, WorkerMark
 from tided.store import scripts
 from tided.store.client import translated
 from tided.store.replies import raw
 from tided.wire import keys
 from tided.wire.control import decode, encode
-
-DRAIN_MS = 86_400_000
 
 _log = structlog.get_logger()
 
@@ -23,7 +25,8 @@ class Beat(IntEnum):
 
     REPLACED = 0  # another process has registered under this name: stop
     NOTED = 1
-    DRAIN = 2  # noted; claim nothing more
+    CORDONED = 2  # noted; it will get no job
+    DRAIN = 3  # and what runs shall end, or be given back
 
 
 class WorkerStore:
@@ -46,25 +49,38 @@ class WorkerStore:
         await scripts.remove_worker(self._redis, info.worker, info.incarnation)
 
     async def list(self) -> list[WorkerInfo]:
-        """Workers whose heartbeat is fresh, by name. One that this tided cannot read is logged and left out."""
-        found: list[WorkerInfo] = []
-        with translated():
-            names = [bytes(key) async for key in self._redis.scan_iter(match=keys.WORKER_PATTERN, count=500)]
-            records = [raw(await self._redis.hget(name, "info")) for name in names]
-        for name, record in zip(names, records, strict=True):
-            try:
-                if record is not None:
-                    found.append(decode(WorkerInfo, record))
-            except Refused as exc:
-                _log.warning("worker-unreadable", key=name.decode(errors="replace"), why=str(exc))
-        return sorted(found, key=lambda info: info.worker)
+        """Workers whose heartbeat is fresh, by name."""
+        return sorted((await self.registry())[0], key=lambda info: info.worker)
 
-    async def set_draining(self, worker: str, draining: bool, epoch: int) -> None:
-        """Ask a worker to claim nothing (for at most a day), or to claim again. Raises `Superseded` for an old epoch."""
-        if draining:
-            await scripts.put(self._redis, keys.drain(worker), b"1", epoch, DRAIN_MS)
+    async def registry(self) -> tuple[list[WorkerInfo], list[str]]:
+        """Workers whose heartbeat is fresh, and the names of those that fell silent within a day without signing off.
+
+        One that this tided cannot read is logged, and is in neither.
+        """
+        fresh: list[WorkerInfo] = []
+        silent: list[str] = []
+        for name, record in await scripts.workers(self._redis):
+            try:
+                if record:
+                    fresh.append(decode(WorkerInfo, record))
+                else:
+                    silent.append(name)
+            except Refused as exc:
+                _log.warning("worker-unreadable", worker=name, why=str(exc))
+        return fresh, silent
+
+    async def mark(self, worker: str, mark: WorkerMark, epoch: int) -> None:
+        """Set or take back an operator's mark. Raises `Superseded` for an old epoch."""
+        if mark is WorkerMark.NONE:
+            await scripts.delete(self._redis, keys.cordon(worker), epoch)
         else:
-            await scripts.delete(self._redis, keys.drain(worker), epoch)
+            await scripts.put(self._redis, keys.cordon(worker), mark.value.encode(), epoch)
+
+    async def marked(self, worker: str) -> WorkerMark:
+        """Also of a worker that is not there."""
+        with translated():
+            stored = raw(await self._redis.get(keys.cordon(worker)))
+        return WorkerMark(stored.decode()) if stored else WorkerMark.NONE
 
     async def _beat(self, info: WorkerInfo, *, take: bool) -> Beat:
         ttl_ms = round(self.ttl_s * 1000)

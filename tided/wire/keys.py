@@ -18,6 +18,7 @@ PERMANENT = (
     "tided:{ctl}:events",  # bounded by MAXLEN
     "tided:{ctl}:state:*",  # a few records an engine or target
     "tided:{ctl}:policy",
+    "tided:{ctl}:cordon:*",  # one word a worker, until the operator takes it back
 )
 
 
@@ -132,18 +133,43 @@ JOB_PREFIX = f"{PREFIX}{{ctl}}:job:"
 """Before a job id, it is `job(id)`: for scripts that find the id in a queue."""
 
 
-def jobs() -> str:
-    """Sorted set of all job ids by creation time; trimmed with the jobs' TTL."""
-    return _control("jobs")
+def jobs(state: str) -> str:
+    """Sorted set of the ids of queued jobs, or of those that ended in a state, by when they came into it."""
+    return _control(f"jobs:{check_name(state, 'job state')}")
 
 
-def queue(kind: str) -> str:
-    """Sorted set of queued job ids of a kind by the time before which they must not start."""
-    return _control(f"queue:{check_name(kind, 'job kind')}")
+JOBS_PREFIX = f"{PREFIX}{{ctl}}:jobs:"
+"""Before a state, it is `jobs(state)`: for scripts that move a job."""
+
+
+def untold() -> str:
+    """List of the ids of jobs that have failed for good, until the leader has told of them."""
+    return _control("jobs-untold")
+
+
+def queue(alike: str) -> str:
+    """Sorted set of queued job ids by the time before which they must not start. `alike`: what the jobs of the queue have in
+    common (`tided.machine.placement.queue_of`)."""
+    return _control(f"queue:{check_name(alike, 'queue')}")
 
 
 QUEUE_PREFIX = f"{PREFIX}{{ctl}}:queue:"
-"""Before a kind, it is `queue(kind)`: for scripts that find the kind in a job."""
+"""Before what its jobs have in common, it is `queue`: for scripts that find that in a job."""
+
+
+def queues() -> str:
+    """Sorted set of the queues that are not empty, by what comes after `QUEUE_PREFIX`, most urgent first."""
+    return _control("queues")
+
+
+def idle() -> str:
+    """Sorted set of the workers that asked for a training in vain, by their rate."""
+    return _control("idle")
+
+
+def offers() -> str:
+    """Hash: what the workers of `idle` offer, and when they asked."""
+    return _control("idle-offers")
 
 
 def running() -> str:
@@ -156,12 +182,22 @@ def worker(worker_name: str) -> str:
     return _control(f"worker:{check_name(worker_name, 'worker')}")
 
 
-def drain(worker_name: str) -> str:
-    """Present while an operator wants the worker to claim nothing. Has a TTL."""
-    return _control(f"drain:{check_name(worker_name, 'worker')}")
+def cordon(worker_name: str) -> str:
+    """Present while an operator wants the worker to claim nothing: `cordon`, or `drain` when it shall also give back what it runs."""
+    return _control(f"cordon:{check_name(worker_name, 'worker')}")
 
 
-WORKER_PATTERN = f"{PREFIX}{{ctl}}:worker:*"
+CORDON_PREFIX = f"{PREFIX}{{ctl}}:cordon:"
+"""Before a worker's name, it is `cordon(name)`."""
+
+
+WORKER_PREFIX = f"{PREFIX}{{ctl}}:worker:"
+"""Before a worker's name, it is `worker(name)`."""
+
+
+def workers() -> str:
+    """Sorted set of the workers that have registered and not signed off, by their last heartbeat; those of the last day."""
+    return _control("workers")
 
 
 def events() -> str:

@@ -1,8 +1,10 @@
 """tide-worker: the agent on a training host. It claims jobs and runs each attempt as a subprocess; it never imports torch.
 
+What it has (kind and number of devices, memory, how fast it trained last) goes with every claim and heartbeat: it is given what fits.
 One slot trains; another scores and makes references, so that a quick question never waits behind a training. Redis away: nothing is
 claimed, running attempts go on while their leases last. SIGTERM: claim nothing more, let attempts finish for `drain_s`, then give
-their jobs back; a second signal gives them back at once.
+their jobs back; a second signal gives them back at once. An operator's drain is the same, but that the worker stays, for the day on which
+it is uncordoned.
 """
 
 import argparse
@@ -56,7 +58,9 @@ class Agent:
         self._incarnation = new_id("worker")
         self._stop = anyio.Event()
         self._give_back = anyio.Event()
-        self._draining = False
+        self._told = Beat.NOTED
+        self._drains_since_s: float | None = None
+        self._rate = 0.0
         self._reachable = False
         self._told_reachable: bool | None = None
         self._running: dict[JobKind, str] = {}
@@ -103,7 +107,7 @@ class Agent:
     async def _slot(self, kinds: Sequence[JobKind]) -> None:
         while not self._stop.is_set():
             claimed_s = boottime_s()
-            claim = None if self._draining or not self._reachable else await self._claim(kinds)
+            claim = await self._claim(kinds) if self._reachable and self._told is Beat.NOTED else None
             if claim is None:
                 with anyio.move_on_after(POLL_S):
                     await self._stop.wait()
@@ -111,15 +115,20 @@ class Agent:
             kind = claim.job.spec.kind
             self._running[kind] = claim.job.id
             try:
-                await Attempt(self._jobs, claim, self._settings, self._staging, self._give_back, claimed_s).run()
+                attempt = Attempt(self._jobs, claim, self._settings, self._staging, self._give_back, claimed_s)
+                await attempt.run()
             finally:
                 del self._running[kind]
+            if kind is JobKind.TRAIN:
+                self._rate = attempt.rate or self._rate
             await self._sweep()
 
     async def _claim(self, kinds: Sequence[JobKind]) -> Claim | None:
         """A job to do, if there is one. A claim whose answer is lost comes back to the queue when its lease ends."""
         try:
-            claim = await self._jobs.claim(self._settings.name, kinds)
+            # Rates are those of trainings: of other kinds no job waits for a faster worker.
+            has = self._settings.capacity(self._rate if JobKind.TRAIN in kinds else 0.0)
+            claim = await self._jobs.claim(self._settings.name, kinds, has)
             if claim is not None:
                 failpoints.hit("worker.claimed")
         except TideError as exc:
@@ -151,7 +160,7 @@ class Agent:
             else:
                 self._noted(reachable=True)
                 beat = self._workers.heartbeat
-                self._draining = answer is Beat.DRAIN
+                self._heed(answer)
                 if answer is Beat.REPLACED:
                     _log.error("worker-replaced", worker=self._settings.name)
                     self.replaced = True
@@ -159,6 +168,21 @@ class Agent:
                     return
             notify("WATCHDOG=1")
             await anyio.sleep(max(0.1, self._settings.heartbeat_ttl_s / 4 - (time.monotonic() - started_s)))
+
+    def _heed(self, told: Beat) -> None:
+        """Take an operator's wish in: what runs is given back when the worker has drained for `drain_s`."""
+        if told is not self._told:
+            _log.info("told", worker=self._settings.name, by="operator", what=told.name.lower())
+        self._told = told
+        if told is not Beat.DRAIN:
+            self._drains_since_s = None
+            if self._give_back.is_set() and not self._stop.is_set():
+                self._give_back = anyio.Event()
+            return
+        if self._drains_since_s is None:
+            self._drains_since_s = time.monotonic()
+        if time.monotonic() - self._drains_since_s >= self._settings.drain_s:
+            self._give_back.set()
 
     def _noted(self, *, reachable: bool, why: str = "") -> None:
         if reachable != self._told_reachable:
@@ -168,6 +192,7 @@ class Agent:
         self._reachable = self._told_reachable = reachable
 
     def _info(self) -> WorkerInfo:
+        has = self._settings.capacity(self._rate)
         return WorkerInfo(
             worker=self._settings.name,
             incarnation=self._incarnation,
@@ -176,8 +201,12 @@ class Agent:
             device=self._settings.device,
             threads=self._settings.threads,
             job=next(iter(self._running.values()), ""),
-            draining=self._draining or self._stop.is_set(),
+            draining=self._told is Beat.DRAIN or self._stop.is_set(),
             pid=os.getpid(),
+            devices=has.devices,
+            memory_bytes=has.memory_bytes,
+            rate=has.rate,
+            cordoned=self._told in (Beat.CORDONED, Beat.DRAIN),
         )
 
     async def _sign_off(self) -> None:
@@ -211,6 +240,8 @@ def parse_settings(argv: Sequence[str]) -> WorkerSettings:
     )
     parser.add_argument("--threads", type=int, help="of each trainer")
     parser.add_argument("--device", help="cpu, cuda or cuda:N")
+    parser.add_argument("--devices", type=int, help="a training runs on so many, by torchrun")
+    parser.add_argument("--memory-bytes", type=int, help="of each device, for jobs that need it")
     parser.add_argument("--cpus", help="cores for the agent and its trainers, comma-separated")
     parser.add_argument("--nice", type=int, help="of the trainers")
     parser.add_argument("--drain-s", type=float, help="after SIGTERM, let attempts go on for so long")
@@ -230,8 +261,10 @@ def parse_settings(argv: Sequence[str]) -> WorkerSettings:
         values["cpus"] = tuple(int(core) for core in values["cpus"].split(",")) if "cpus" in values else ()
     except (TideError, ValueError) as exc:
         raise ConfigError(f"tide-worker: {exc}") from exc
-    if values.get("threads", 1) < 1 or values.get("drain_s", 0.0) < 0:
-        raise ConfigError("tide-worker: --threads must be at least 1 and --drain-s not negative")
+    if min(values.get("threads", 1), values.get("devices", 1)) < 1 or values.get("drain_s", 0.0) < 0:
+        raise ConfigError("tide-worker: --threads and --devices must be at least 1 and --drain-s not negative")
+    if values.get("devices", 1) > 1 and ":" in values.get("device", "cpu"):
+        raise ConfigError("tide-worker: --device must be a kind without a number when there are several --devices")
     return WorkerSettings(**values)
 
 
@@ -244,6 +277,8 @@ def _from_config(config: configuration.Config) -> dict[str, Any]:
         "work_dir": config.daemon.state_dir / "work" / worker.name,
         "threads": worker.threads,
         "device": worker.device,
+        "devices": worker.devices,
+        "memory_bytes": worker.memory_bytes,
         "drain_s": worker.drain_s,
         "lease_s": config.jobs.lease_s,
         "keep_s": config.jobs.keep_s,

@@ -89,6 +89,8 @@ class Attempt:
         self._give_back = give_back
         self._usable_s = jobs.lease_s * (1 - MARGIN)
         self._until_s = claimed_s + self._usable_s
+        self.rate = 0.0
+        """Tokens/s that the trainer said last; 0 before it said any."""
         self._progress: Progress | None = None
         self._outcome: Outcome | None = None
         self._directory = leftovers.attempt_dir(settings.work_dir, claim.job.id, claim.attempt)
@@ -172,14 +174,8 @@ class Attempt:
             raise Unavailable(
                 f"{self._directory}: cannot be written ({exc.strerror}); free space on the worker"
             ) from exc
-        return [
-            *self._settings.trainer,
-            spec.kind.value,
-            str(spec_file),
-            "--out",
-            str(self._directory),
-            "--with-parent",
-        ]
+        command = self._settings.command(spec.kind)
+        return [*command, spec.kind.value, str(spec_file), "--out", str(self._directory), "--with-parent"]
 
     # --- the three ways in which it can be over: the trainer, the lease, the agent ---
 
@@ -212,6 +208,7 @@ class Attempt:
             if "error" in plain:
                 return Failed(str(plain["error"]), retryable=plain.get("retryable") is True)
             self._progress = from_plain(Progress, plain, "progress")
+            self.rate = self._progress.tokens_per_s or self.rate
         except (ValueError, RecursionError):
             self._log.debug("trainer-line-ignored", bytes=len(line))  # a library that prints; not ours to quote
         except Refused as exc:
@@ -322,8 +319,14 @@ def shared(spec: JobSpec) -> JobSpec:
 
 
 def on_this_host(spec: JobSpec, settings: WorkerSettings) -> JobSpec:
-    """The job with the threads and the device of this worker, which whoever submitted it cannot know."""
-    return replace(spec, options={**spec.options, "threads": settings.threads, "device": settings.device})
+    """The job with the threads and devices of this worker, which whoever submitted it cannot know.
+
+    Every process needs a pack of each step: `packs` is rounded up to a multiple of the devices.
+    """
+    options = {**spec.options, "threads": settings.threads, "device": settings.device}
+    if spec.kind is JobKind.TRAIN and settings.devices > 1:
+        options["packs"] = -(-int(options.get("packs", 1)) // settings.devices) * settings.devices
+    return replace(spec, options=options)
 
 
 def _told(outcome: Outcome) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""A trainer as a subprocess: one attempt, in a process group of its own, that never outlives its agent.
+"""A trainer as a subprocess, or several by torchrun: one attempt, that never outlives its agent.
 
-The agent holds the write end of the trainer's stdin; a trainer whose stdin ends knows that its agent is gone and exits
-(`--with-parent` of tided.training; any other trainer must do the same).
+The agent holds the write end of the trainer's stdin, which all its processes inherit; a trainer whose stdin ends knows that its agent is
+gone and exits (`--with-parent` of tided.training; any other trainer must do the same). torchrun gives each of its processes a session of
+its own, where no signal to a group reaches it: so every process of an attempt carries a mark in its environment, and is found by it.
 """
 
 import os
@@ -10,8 +11,10 @@ import subprocess
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import structlog
 from anyio.abc import ByteReceiveStream, Process
 
@@ -20,27 +23,31 @@ from tided.model.errors import Unavailable
 MAX_LINE_BYTES = 16 << 20
 STDERR_LINES = 40
 TERM_GRACE_S = 3.0
+KILL_POLL_S = 0.02
+MARK = "TIDED_ATTEMPT"
 
 _log = structlog.get_logger()
 
 
 class TrainerProcess:
-    """Started by `start`; `kill` must be awaited in every case, shielded: afterwards nothing of its process group runs."""
+    """Started by `start`; `kill` must be awaited in every case, shielded: afterwards none of its processes runs."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, mark: str) -> None:
         self._process = process
+        self._mark = f"{MARK}={mark}".encode()
         self.stderr_tail: deque[str] = deque(maxlen=STDERR_LINES)
 
     @classmethod
     async def start(cls, argv: Sequence[str], env: dict[str, str], nice: int) -> "TrainerProcess":
         """Raises `Unavailable` if the program cannot be started."""
+        mark = os.urandom(16).hex()
         try:
             process = await anyio.open_process(
                 list(argv),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env=env,
+                env=env | {MARK: mark},
                 start_new_session=True,
             )
         except OSError as exc:
@@ -48,7 +55,7 @@ class TrainerProcess:
         if nice:
             with suppress(OSError):  # it may have ended already; and below the agent's own niceness only root may go
                 os.setpriority(os.PRIO_PROCESS, process.pid, nice)
-        return cls(process)
+        return cls(process, mark)
 
     @property
     def pid(self) -> int:
@@ -69,18 +76,33 @@ class TrainerProcess:
         return await self._process.wait()
 
     async def kill(self) -> None:
-        """End the whole process group: SIGTERM, and SIGKILL after `TERM_GRACE_S`."""
+        """End the process group, and all that carry the mark: SIGTERM, and SIGKILL after `TERM_GRACE_S`."""
         if self._process.returncode is None:
             self._signal(signal.SIGTERM)
             with anyio.move_on_after(TERM_GRACE_S):
                 await self._process.wait()
         self._signal(signal.SIGKILL)  # also for children of its own that it left behind
+        while marked := await anyio.to_thread.run_sync(_carrying, self._mark):
+            for pid in marked:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            await anyio.sleep(KILL_POLL_S)
         await self._process.wait()
         await self._process.aclose()
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
+
+
+def _carrying(mark: bytes) -> list[int]:
+    """Processes of ours that were started with this in their environment. Dead ones that wait for their parent have none."""
+    found: list[int] = []
+    for directory in Path("/proc").iterdir():
+        with suppress(OSError):  # it has ended, or is another user's
+            if directory.name.isdecimal() and mark in (directory / "environ").read_bytes().split(b"\0"):
+                found.append(int(directory.name))
+    return found
 
 
 def describe_exit(status: int) -> str:

@@ -1,14 +1,18 @@
 """What a worker is told: by the configuration file, or by flags where a host has none."""
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tided.machine.placement import Capacity
 from tided.model.records import JobKind
 
 TRAINER = (sys.executable, "-m", "tided.training")
+RANKS = ("-m", "torch.distributed.run", "--standalone", "--max-restarts", "0", "--nproc-per-node")
+"""Between the interpreter and the module, with the number of processes after it: the trainer by torchrun."""
 
 # What a trainer inherits. Everything else, tokens and passwords above all, stays with the agent.
 _INHERITED = (
@@ -32,8 +36,9 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """`cpus`: cores for the agent and its trainers (none: all). `nice`: of the trainers. `trainer`: the program, before the kind.
+    """`cpus`: cores for the agent and its trainers (none: all). `nice`: of the trainers. `trainer`: a Python program, before the kind.
 
+    `devices`: a training has a process for each; `memory_bytes`: of each, 0 if not known.
     `storage_url` empty: this host sees tided's directories under the same path. Else `targets` are where the targets are on this host.
     """
 
@@ -43,6 +48,8 @@ class WorkerSettings:
     work_dir: Path
     threads: int = 1
     device: str = "cpu"
+    devices: int = 1
+    memory_bytes: int = 0
     cpus: tuple[int, ...] = ()
     nice: int = 5
     drain_s: float = 20.0
@@ -55,6 +62,23 @@ class WorkerSettings:
     storage_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     cache_bytes: int = 8 << 30
     targets: tuple[Path, ...] = ()
+
+    def capacity(self, rate: float) -> Capacity:
+        """What the worker has. `rate`: of its newest training, in tokens/s."""
+        kind = self.device.partition(":")[0]
+        memory_bytes = self.memory_bytes or (_host_memory_bytes() // self.devices if kind == "cpu" else 0)
+        return Capacity(kind, self.devices, memory_bytes, rate)
+
+    def command(self, kind: JobKind) -> list[str]:
+        """The trainer's program for a kind of job: by torchrun for a training on several devices."""
+        if kind is not JobKind.TRAIN or self.devices == 1:
+            return list(self.trainer)
+        interpreter, *rest = self.trainer
+        return [interpreter, *RANKS, str(self.devices), *rest]
+
+
+def _host_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def trainer_environment(environ: Mapping[str, str], threads: int) -> dict[str, str]:

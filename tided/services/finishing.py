@@ -1,0 +1,126 @@
+"""What becomes of a training job that succeeded: its draft goes into the store, before the gate, and onto a canary.
+
+Level-triggered, like the rest of the cycle: the draft has one version whoever adds it, the gate is a pure function of the evaluations, and
+what became of the version on its canary is stored.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio.to_thread
+
+from tided.machine.collection import Outcome
+from tided.model import failpoints
+from tided.model.errors import Refused
+from tided.model.records import Canary, CanaryState, Draft, DraftOrigin, Job, JobResult
+from tided.services import gate
+from tided.services.canaries import Canaries
+from tided.services.context import Context
+from tided.services.pools import Pool
+
+_OUTCOMES = {
+    CanaryState.PASSED: Outcome.DEPLOYED,
+    CanaryState.FAILED: Outcome.ROLLED_BACK,
+    CanaryState.WITHDRAWN: Outcome.FAILED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a training cycle ended. `gain`: by which share the gate found the draft better; 1.0 where it was not asked."""
+
+    outcome: Outcome
+    why: str
+    gain: float = 1.0
+
+
+class Finishing:
+    """Takes one job at a time to its end, a step in each cycle."""
+
+    def __init__(self, context: Context, canaries: Canaries) -> None:
+        self._context = context
+        self._canaries = canaries
+
+    async def reconcile(self, pool: Pool, job: Job, now_ms: int) -> Ending | None:
+        """One step further; None while it goes on. Raises `Unavailable`, `Superseded`."""
+        result = job.result
+        if result is None or result.incumbent is None or result.candidate is None:
+            return Ending(Outcome.FAILED, f"job {job.id}: its result has no staged draft with two evaluations")
+        decision = gate.judge(result.incumbent, result.candidate, self._context.config.gate)
+        canary = await self._canaries.of(pool, job)
+        if canary is None:
+            try:
+                draft = await self._stored(pool, job, result, now_ms)
+            except Refused as exc:
+                return Ending(Outcome.FAILED, str(exc), decision.gain_share)
+            if draft is None:
+                return None  # it is on its way to this host
+            failpoints.hit("dispatcher.stored")
+            if decision.verdict is not gate.Verdict.PASS:
+                await self._announce_gate(pool, draft, decision)
+                outcome = Outcome.WORSE if decision.verdict is gate.Verdict.FAIL else Outcome.UNDECIDED
+                return Ending(outcome, decision.reason, decision.gain_share)
+            if pool.hold:
+                return None  # which draft shall serve is just being found out
+            if all(member.view.info.version != job.spec.draft for member in pool.members):
+                serves = pool.members[0].view.info.version[:12] or "no draft"
+                why = f"{serves} is served now, the gate compared with {job.spec.draft[:12]}"
+                return Ending(Outcome.UNDECIDED, why, decision.gain_share)
+            await self._announce_gate(pool, draft, decision)
+            canary = await self._canaries.begin(pool, job, draft, now_ms)
+        canary = await self._canaries.reconcile(pool, canary, now_ms)
+        outcome = _OUTCOMES.get(canary.state)
+        return Ending(outcome, _why(canary), decision.gain_share) if outcome is not None else None
+
+    async def _stored(self, pool: Pool, job: Job, result: JobResult, now_ms: int) -> Draft | None:
+        """The job's draft in the store; the same record when it is there already, None while it is on its way to this host."""
+        context = self._context
+
+        def add(staged: Path) -> Draft:
+            return context.drafts.add(
+                staged,
+                lineage=job.spec.lineage,
+                parent=job.spec.draft,
+                origin=DraftOrigin.TRAINED,
+                target=pool.target.info,
+                job=job.id,
+                evaluation=result.candidate,
+                now_ms=now_ms,
+            )
+
+        try:
+            return await anyio.to_thread.run_sync(context.drafts.get, result.version)
+        except Refused:
+            staged = context.exchange.taken(result)
+            if staged is None:
+                return None
+            draft = await anyio.to_thread.run_sync(add, staged)
+        if draft.version != result.version:
+            raise Refused(f"job {job.id}: staged draft is {draft.version[:12]}, its result says {result.version[:12]}")
+        await context.announce("draft-added", draft.version, f"{draft.lineage}@{draft.number} from job {job.id}")
+        return draft
+
+    async def _announce_gate(self, pool: Pool, draft: Draft, decision: gate.GateDecision) -> None:
+        await self._context.announce(
+            "gate-decided",
+            pool.target.name,
+            f"{draft.lineage}@{draft.number}: {decision.verdict}: {decision.reason}",
+            version=draft.version,
+            verdict=decision.verdict.value,
+            incumbent=round(decision.incumbent, 4),
+            candidate=round(decision.candidate, 4),
+            gain=round(decision.gain, 4),
+            lower=round(decision.lower, 4),
+            requests=decision.requests,
+            tokens=decision.tokens,
+        )
+
+
+def _why(canary: Canary) -> str:
+    if canary.state is not CanaryState.PASSED:
+        return canary.reason
+    return (
+        f"{canary.version[:12]} is live on {canary.engine}"
+        if canary.engine
+        else f"{canary.version[:12]}: {canary.reason}"
+    )
