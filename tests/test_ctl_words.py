@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.fake_plane import ENGINE, EVALUATION, JOB, FakePlane
+from tests.fake_plane import ENGINE, EVALUATION, JOB, WORKER, FakePlane
 from tided.ctl import words
-from tided.model.records import JobResult, JobState, PolicySetting, Progress, SpeculationMode
+from tided.model.records import JobResult, JobState, Needs, PolicySetting, Progress, SpeculationMode
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_job_progress_in_every_state() -> None:
     cases = {
         "waiting for a worker": replace(JOB, state=JobState.QUEUED, attempt=0),
         "waiting for attempt 2": replace(JOB, state=JobState.QUEUED, attempt=1),
-        "43%, 1 min 20 s left: step 120 of 280": JOB,
+        "43%, 1 min 20 s left: step 120 of 280 (loss 2.31, length 1.92, 1,240 tokens/s)": JOB,
         "43%: evaluating": replace(JOB, progress=Progress(0.43, "evaluating")),
         "started": replace(JOB, progress=None),
         "being cancelled": replace(JOB, cancelling=True),
@@ -111,3 +111,12 @@ async def test_headline_of_a_leader_a_standby_and_a_degraded_one() -> None:
     assert words.headline(standby) == "tided 0.1.0 stands by, another one leads, up 2 h 3 min, Redis connected"
     degraded = replace(standby, redis="Redis cannot be reached")
     assert words.headline(degraded) == "tided 0.1.0 is degraded, up 2 h 3 min: Redis cannot be reached"
+
+
+def test_what_a_worker_does_and_what_a_job_needs() -> None:
+    assert words.doing(replace(WORKER, job="")) == "idle"
+    assert words.doing(replace(WORKER, cordoned=True)) == f"{WORKER.job}, cordoned"
+    assert words.doing(replace(WORKER, job="", cordoned=True, draining=True)) == "draining"
+    assert words.needs(Needs()) == ""
+    assert words.needs(Needs("cuda")) == "cuda"
+    assert words.needs(Needs("", 2, 1 << 30)) == "2 x any device, 1.0 GiB each"

@@ -111,7 +111,7 @@ class ControlPlane:
     async def draft(self, ref: str) -> Draft:
         return await anyio.to_thread.run_sync(self._context.drafts.get, ref)
 
-    async def jobs(self, limit: int, state: JobState | None) -> tuple[Job, ...]:
+    async def jobs(self, limit: int, state: JobState | None = None) -> tuple[Job, ...]:
         return tuple(await self._context.jobs.list(limit, (state,) if state is not None else ()))
 
     async def job(self, job_id: str) -> Job:

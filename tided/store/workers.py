@@ -48,10 +48,6 @@ class WorkerStore:
         """Sign off."""
         await scripts.remove_worker(self._redis, info.worker, info.incarnation)
 
-    async def list(self) -> list[WorkerInfo]:
-        """Workers whose heartbeat is fresh, by name."""
-        return sorted((await self.registry())[0], key=lambda info: info.worker)
-
     async def registry(self) -> tuple[list[WorkerInfo], list[str]]:
         """Workers whose heartbeat is fresh, and the names of those that fell silent within a day without signing off.
 
@@ -68,6 +64,10 @@ class WorkerStore:
             except Refused as exc:
                 _log.warning("worker-unreadable", worker=name, why=str(exc))
         return fresh, silent
+
+    async def list(self) -> list[WorkerInfo]:
+        """Workers whose heartbeat is fresh, by name."""
+        return sorted((await self.registry())[0], key=lambda info: info.worker)
 
     async def mark(self, worker: str, mark: WorkerMark, epoch: int) -> None:
         """Set or take back an operator's mark. Raises `Superseded` for an old epoch."""
