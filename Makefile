@@ -10,7 +10,7 @@ MODEL := build/models/smollm2
 HOST_PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 
-.PHONY: help setup model demo run engines test lint format bench bench-shift bench-loop bench-engines bench-policy bench-hetero bench-training bench-scale benchmarks clean
+.PHONY: help setup model demo run engines test lint format bench bench-shift bench-loop bench-engines bench-policy bench-hetero bench-training bench-scale benchmarks chaos clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -81,6 +81,9 @@ bench-training: model ## the trainer against speculators and recomputed states; 
 
 benchmarks: setup ## docs/benchmarks.md from build/bench/
 	@$(PY) -m bench.report --markdown
+
+chaos: setup ## ten minutes of faults over real processes under load, then an audit of every promise (docs/promises.md)
+	@$(PY) -m chaos
 
 clean: ## remove what was made, but not .venv
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

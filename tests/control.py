@@ -47,7 +47,7 @@ class Control:
         return [event for event in await self.context.events.read("0", 1000) if not kinds or event.kind in kinds]
 
 
-def settings(root: Path, target: Path, **sections: dict[str, object]) -> Config:
+def settings(root: Path, target: Path, /, **sections: dict[str, object]) -> Config:
     """A configuration with short times below `root`."""
     base: dict[str, dict[str, object]] = {
         "daemon": {"state_dir": str(root / "s"), "cycle_s": 0.1, "lease_ttl_s": 600.0, "start_collector": False},

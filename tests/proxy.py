@@ -1,7 +1,8 @@
-"""A proxy between a client and a unix socket that can refuse, cut and black-hole connections: a Redis that fails on demand."""
+"""A proxy between a client and a unix socket that can refuse, cut, slow and black-hole connections: a Redis that fails on demand."""
 
 import socket
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,11 +13,14 @@ COMMANDS, REPLIES = ("forward", "mute"), ("forward",)
 
 class Proxy:
     """Listens on `url`. `mode`: "forward"; "mute", where commands arrive and replies do not; "swallow", where nothing arrives;
-    "refuse", for new connections. A connection that lost something stays mute. `dropped`: bytes of replies that were lost."""
+    "refuse", for new connections. A connection that lost something stays mute. `delay_s`: how late everything arrives.
+    `dropped`: bytes of replies that were lost. Without an upstream connections are refused.
+    """
 
     def __init__(self, path: Path, upstream: str) -> None:
         self.url = f"unix://{path}"
         self.mode = "forward"
+        self.delay_s = 0.0
         self.dropped = 0
         self._upstream = upstream
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
@@ -48,7 +52,12 @@ class Proxy:
                 client.close()
                 continue
             server = socket.socket(socket.AF_UNIX)
-            server.connect(self._upstream)
+            try:
+                server.connect(self._upstream)
+            except OSError:
+                server.close()
+                client.close()
+                continue
             self._pairs.append((client, server))
             for source, sink, modes in ((client, server, COMMANDS), (server, client, REPLIES)):
                 threading.Thread(target=self._pump, args=(source, sink, modes), daemon=True).start()
@@ -58,6 +67,7 @@ class Proxy:
             whole = True
             while data := source.recv(1 << 16):
                 whole = whole and self.mode in modes
+                time.sleep(self.delay_s)
                 if whole:
                     sink.sendall(data)
                 elif modes == REPLIES:

@@ -1,10 +1,15 @@
-"""What several test modules need: polling with a deadline."""
+"""What several test modules need: polling with a deadline, and an end at a failpoint."""
 
 import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, overload
+
+import pytest
+
+from tided.model import failpoints
+from tided.model.errors import Unavailable
 
 T = TypeVar("T")
 
@@ -33,3 +38,19 @@ async def eventually(check: Callable[[], Any], timeout_s: float = 60.0, poll_s: 
         if time.monotonic() > deadline:
             raise AssertionError(f"not true within {timeout_s} s; last: {last!r}")
         await asyncio.sleep(poll_s)
+
+
+def cut_at(patch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """From now on a failpoint of this name ends whoever comes by, once, as far as that can be done to a part of a process.
+
+    Gives what was hit so far.
+    """
+    hit: list[str] = []
+
+    def reached(at: str) -> None:
+        if at == name and not hit:
+            hit.append(at)
+            raise Unavailable(f"failpoint {at}")
+
+    patch.setattr(failpoints, "hit", reached)
+    return hit

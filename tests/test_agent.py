@@ -187,6 +187,17 @@ async def test_an_older_epoch_is_refused_and_changes_nothing(valkey: Valkey, tal
         assert agent.epoch == 9
 
 
+async def test_a_leader_that_was_superseded_before_a_restart_is_refused_after_it(valkey: Valkey, talk: Talk) -> None:
+    valkey.client.xadd(keys.commands("e1"), {"m": b"no command"})
+    talk.send(SetSchedule((1,)), epoch=9)
+    engine = FakeEngine()
+    with running(valkey.url, engine) as agent:
+        info = await eventually(talk.info)
+        assert info.epoch == agent.epoch == 9
+        assert not (await talk.reply(talk.send(SetSchedule((4,)), epoch=8))).ok
+        assert engine.applied == []
+
+
 async def test_a_command_is_applied_at_most_once_and_answered_each_time(valkey: Valkey, talk: Talk) -> None:
     engine = FakeEngine()
     with running(valkey.url, engine):

@@ -206,7 +206,7 @@ def test_the_configuration_in_the_guide_is_valid(tmp_path: Path) -> None:
     for text in texts:
         file.write_text(text)
         configs.append(load(file))
-    assert [target.lineage for target in configs[1].target] == ["chat", "code"]
+    assert ["chat", "code"] in [[target.lineage for target in config.target] for config in configs]
     config = configs[0]
     assert config.daemon.socket_path == Path("/run/tided/tided.sock")
     assert config.daemon.start_collector is False

@@ -12,7 +12,7 @@ from tests.conftest import Valkey
 from tests.control import Control, leading, settings, store_draft, store_samples, variant
 from tests.dataplane import Producer, collector_process, store_at, stored_rows, tokens_of
 from tests.engine_double import EngineDouble, describe_double, running_double
-from tests.support import eventually
+from tests.support import cut_at, eventually
 from tided.backends.redis import RedisBackend
 from tided.draft import checkpoint
 from tided.draft.reference import sequences
@@ -459,3 +459,16 @@ async def test_version_0_is_judged_by_the_draft_that_follows_it(
         await scene.control.converge()
         assert scene.engine.info.capturing
         assert len(await scene.control.events("engine-verified")) == 1
+
+
+@pytest.mark.parametrize("failpoint", ["selftest.reference", "selftest.probing", "selftest.done"])
+async def test_a_self_test_that_was_cut_short_goes_on(
+    valkey: Valkey, tmp_path: Path, target: Path, first: Path, monkeypatch: pytest.MonkeyPatch, failpoint: str
+) -> None:
+    hit = cut_at(monkeypatch, failpoint)
+    info = replace(describe_double(target, first), url="http://127.0.0.1:1")
+    async with scene_of(valkey, tmp_path, info, target, monkeypatch) as scene:
+        await scene.make_reference()
+        await scene.until(VerificationState.VERIFIED)
+        assert hit == [failpoint]
+        assert len(await scene.control.context.jobs.list()) == 1

@@ -32,6 +32,7 @@ from tided.model.records import (
     WorkerInfo,
     WorkerMark,
 )
+from tided.services.context import Context
 from tided.services.dispatcher import Dispatcher
 from tided.store.jobs import Claim
 from tided.store.samples import Split
@@ -364,11 +365,15 @@ async def test_drift_starts_a_drift_training_on_new_samples_only(scene: Scene) -
     assert [Path(path).name for path in spec.held_out] == [f"held-out-{later:013d}.safetensors"]
 
 
-async def test_a_training_that_failed_for_good_is_told_kept_and_done_again_by_a_new_job(scene: Scene) -> None:
+async def test_a_training_that_failed_for_good_is_told_kept_and_done_again_by_a_new_job(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
     control = scene.control
     await control.converge()
     scene.samples()
     claim = await scene.claimed()
+    on_demand = control.context.config.training.model_copy(update={"enabled": False})
+    monkeypatch.setattr(Context, "training_for", lambda *_: on_demand)  # or the next cycle would begin one by itself
     with pytest.raises(Conflict, match="is running"):
         await control.plane.retry(claim.job.id, "uid:1")
     await control.context.jobs.fail(claim, "shard 7 is not readable", retryable=False)

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import Valkey
 from tests.control import Control, leading, settings, store_samples
 from tests.engine_double import EngineDouble, describe_double, running_double
-from tests.support import eventually
+from tests.support import cut_at, eventually
 from tided.model.records import (
     Capability,
     Evaluation,
@@ -387,3 +387,24 @@ async def test_a_missing_worker_keeps_training_waiting_no_longer_than_configured
     (told,) = await scene.control.events("acceptance-unexplained")
     assert "taken for drift" in told.message
     assert await scene.control.events("drift-detected")
+
+
+async def test_a_score_whose_submission_was_cut_short_is_asked_for_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hit = cut_at(monkeypatch, "faults.submitting")
+    scene.samples(train=1)
+    await scene.served(0.6, temperature=0.0)
+
+    async def cut() -> bool:
+        await scene.control.cycle()
+        return bool(hit)
+
+    await eventually(cut)
+    await scene.control.cycle()
+    assert (await scene.control.controller.faults.current(ENGINE)).job == ""
+    assert await scene.scores() == []
+    await scene.served_now(0.6)
+    await scene.judge(t07=0.6)
+    assert len(await scene.scores()) == 1
+    assert await scene.warnings() == []

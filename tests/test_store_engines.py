@@ -201,3 +201,15 @@ async def test_events_are_bounded(redis: Any, valkey: Valkey) -> None:
         await store.append(event(n))
     assert valkey.client.xlen(keys.events()) < 300  # type: ignore[operator]
     assert (await store.newest(1))[0].at_ms == 399
+
+
+async def test_a_superseded_leader_tells_nothing(redis: Any, valkey: Valkey) -> None:
+    store = EventStore(redis, maxlen=10)
+    valkey.client.set(keys.epoch(), 7)
+    told = await store.append(event(1), epoch=7)
+    with pytest.raises(Superseded):
+        await store.append(event(2), epoch=6)
+    assert await store.read() == [told]
+    for n in range(400):
+        await store.append(event(n), epoch=7)
+    assert valkey.client.xlen(keys.events()) < 300  # type: ignore[operator]

@@ -1,6 +1,7 @@
 """The leader's lease: against a real Valkey, and on a virtual clock with every delay, stop and clock jump that matters."""
 
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -174,13 +175,34 @@ async def test_whoever_believes_that_he_leads_does(steps: Any) -> None:
         patch.setattr(time, "time", lambda: 1 / 0)
         redis: Any = None
         holders = [LeaderLease(redis, name, 10.0, clock=lambda: world.now_s) for name in ("a", "b")]
-        for which, renew, delays_s, lost, pause_s in steps:
-            world.delays_s, world.lost_reply = list(delays_s), lost
-            with contextlib.suppress(Unavailable):
-                await (holders[which].renew() if renew else holders[which].acquire())
-            _check(world, holders)
-            world.now_s += pause_s
-            _check(world, holders)
+        await _play(world, holders, steps)
+
+
+@given(steps=Steps, jumps_s=st.lists(st.sampled_from([-1e9, -3600.0, -1.0, 0.5, 3600.0, 1e9]), min_size=1))
+async def test_a_wall_clock_that_jumps_ends_no_lease_and_makes_none_longer(steps: Any, jumps_s: list[float]) -> None:
+    """With the clock that a lease has by itself, on a host whose wall clock jumps at every look."""
+    with pytest.MonkeyPatch.context() as patch:
+        world, jumps = World(), itertools.cycle(jumps_s)
+        patch.setattr(lease_module.scripts, "acquire_lease", world.acquire)
+        patch.setattr(lease_module.scripts, "renew_lease", world.renew)
+
+        def clock_gettime(clock: int) -> float:
+            return world.now_s if clock == time.CLOCK_BOOTTIME else world.now_s + next(jumps)
+
+        patch.setattr(time, "clock_gettime", clock_gettime)
+        patch.setattr(time, "time", lambda: world.now_s + next(jumps))
+        redis: Any = None
+        await _play(world, [LeaderLease(redis, name, 10.0) for name in ("a", "b")], steps)
+
+
+async def _play(world: World, holders: list[LeaderLease], steps: Any) -> None:
+    for which, renew, delays_s, lost, pause_s in steps:
+        world.delays_s, world.lost_reply = list(delays_s), lost
+        with contextlib.suppress(Unavailable):
+            await (holders[which].renew() if renew else holders[which].acquire())
+        _check(world, holders)
+        world.now_s += pause_s
+        _check(world, holders)
 
 
 def _check(world: World, holders: list[LeaderLease]) -> None:

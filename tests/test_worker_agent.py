@@ -44,6 +44,11 @@ sys.exit(5 if agent.replaced else 0)
 Start = Callable[..., subprocess.Popen[bytes]]
 
 
+def state_of(process: subprocess.Popen[bytes]) -> str:
+    """As in /proc: "T" for a stopped one."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
 class Server:
     """A Valkey of the test's own, that may be killed and come back with every acknowledged write."""
 
@@ -287,6 +292,30 @@ async def test_a_worker_stopped_past_its_lease_commits_nothing(start: Start, job
     # It is as good as new afterwards.
     start("w2").kill()
     assert first.poll() is None
+
+
+async def test_a_worker_stopped_before_its_commit_leaves_the_next_attempt_alone(
+    start: Start, jobs: JobStore, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    gate.touch()
+    first = start("w1", lease_s=SHORT_S, failpoint="worker.finishing:pause")
+    job = await jobs.submit(job_of(act="wait", gate=str(gate)), epoch=1)
+    await eventually(lambda: state_of(first) == "T")
+    gate.unlink()
+    await until(jobs, job.id, JobState.QUEUED, reap=True)
+    start("w2")
+    await eventually(lambda: (tmp_path / "w2" / job.id / "attempt-2" / "pid").exists())
+    first.send_signal(signal.SIGCONT)
+    log = tmp_path / "w1.log"
+    await eventually(lambda: "attempt-refused" in log.read_text() or "attempt-lost" in log.read_text())
+    first.terminate()
+    await eventually(lambda: first.poll() == 0)  # and with that it has tidied up
+    gate.touch()
+    done = await until(jobs, job.id, JobState.SUCCEEDED)
+    assert (done.worker, done.attempt) == ("w2", 2)
+    assert done.result is not None
+    assert Path(done.result.staged, "spec.json").exists()
 
 
 async def test_scoring_does_not_wait_behind_training(start: Start, jobs: JobStore, tmp_path: Path) -> None:

@@ -200,12 +200,13 @@ async def test_samples_stay_a_while_for_the_next_job_and_nothing_for_ever(
         assert hosts.there() == []
 
 
+@pytest.mark.parametrize("failpoint", ["objects.writing", "objects.written"])
 async def test_a_worker_killed_during_its_upload_leaves_nothing_that_counts(
-    hosts: Hosts, first: Path, monkeypatch: pytest.MonkeyPatch
+    hosts: Hosts, first: Path, monkeypatch: pytest.MonkeyPatch, failpoint: str
 ) -> None:
     async with hosts.tided() as control:
         job = await control.context.submit(hosts.spec(control, first), 3, "job-1")
-        doomed = hosts.start("w1", failpoint="objects.written", lease_s=3.0)
+        doomed = hosts.start("w1", failpoint=failpoint, lease_s=3.0)
         await eventually(lambda: doomed.poll() is not None)
         assert len(hosts.there("tmp")) == 1
         assert f"drafts/{hosts.result}" not in hosts.there()

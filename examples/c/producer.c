@@ -517,6 +517,11 @@ static int hello(void) {
         Value *newest = redis_call(&redis, 6, ARGS("XREVRANGE", key("commands"), "+", "-", "COUNT", "1"));
         if (!newest) return 0;
         snprintf(cursor, sizeof cursor, "%s", newest->n == 1 ? newest->items[0]->items[0]->text : "0-0");
+        Value *fields = newest->n == 1 ? newest->items[0]->items[1] : NULL;
+        Item *command = fields && fields->n == 2 ? unpack(fields->items[1]->text, (size_t)fields->items[1]->n) : NULL;
+        const Item *from = command ? map_get(command, "epoch") : NULL;
+        if (from && from->kind == 'i') epoch = from->integer; /* an older leader is superseded, though we were away */
+        item_free(command);
     }
     return 1;
 }

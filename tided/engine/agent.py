@@ -182,6 +182,8 @@ class EngineAgent:
         if self._cursor is None:
             # Before the first heartbeat, so that no command that follows it can be missed.
             newest = cast("list[Any]", self._client.xrevrange(keys.commands(self._engine), count=1))
+            # A leader that was superseded while this engine was away is as superseded now.
+            self._epoch = max((_epoch_of(fields) for _, fields in newest), default=0)
             self._cursor = newest[0][0].decode() if newest else "0-0"
         heartbeat_s = report_s = 0.0
         while not self._stopping.is_set():
@@ -334,6 +336,14 @@ class EngineAgent:
         pipeline.xadd(stream, {"m": message}, maxlen=kept, approximate=True)
         pipeline.expire(stream, STREAM_TTL_S)
         pipeline.execute()
+
+
+def _epoch_of(fields: dict[bytes, bytes]) -> int:
+    """Of a stored command; 0 when it cannot be read."""
+    try:
+        return decode_command(fields.get(b"m", b"")).epoch
+    except Refused:
+        return 0
 
 
 def _found(work: _Work) -> Path:

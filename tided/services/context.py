@@ -147,6 +147,7 @@ class Context:
         return await redis_time_ms(self.redis)
 
     async def announce(self, kind: str, subject: str, message: str, **data: object) -> None:
-        """Log what happened and store it for `tidectl events`. Raises `Unavailable`."""
+        """Log what happened and store it for `tidectl events`, as the leader. Raises `Unavailable`, `Superseded`."""
         _log.info(kind, subject=subject, message=message)
-        await self.events.append(Event(kind, await self.now_ms(), subject, message, dict(data)))
+        event = Event(kind, await self.now_ms(), subject, message, dict(data))
+        await self.events.append(event, self.leadership.require())

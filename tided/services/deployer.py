@@ -241,8 +241,9 @@ class Deployer:
                 case SendSwap():
                     pass  # the next cycle sends: it does for any swap that is wanted and not in flight
                 case Quarantine(version, reason):
-                    await anyio.to_thread.run_sync(context.drafts.quarantine, version, reason)
+                    # Told first: a superseded leader is refused there, and the disk would take its word.
                     await context.announce("draft-quarantined", version, reason, engine=deployment.engine)
+                    await anyio.to_thread.run_sync(context.drafts.quarantine, version, reason)
                 case Announce(kind, message):
                     await context.announce(kind, deployment.engine, message, **_figures(after))
         if after.state is not deployment.state and after.state in _REPLACED:

@@ -102,7 +102,7 @@ class Dispatcher:
         stock = await self._stockroom.stock(pool.digest, collection.since_ms, pool.domain)
         counted, _ = await self._apply(pool, collection, RowsStored(event.now_ms, stock.fresh_rows))
         if counted.phase is Phase.TRAINING and collection.phase is not Phase.TRAINING:
-            return await self._submitted(pool, counted, stock)  # it was about to begin of itself
+            return await self._submitted(pool, counted, stock)  # it was about to begin by itself
         after, rejected = await self._apply(pool, counted, event)
         if rejected:
             raise Conflict(rejected) if after.phase is Phase.TRAINING else Refused(f"{pool.target.name}: {rejected}")

@@ -127,13 +127,13 @@ class Heads:
     async def incumbent(self, pool: Pool) -> str:
         """The version that the pool's next draft is to be better than: the head where an engine serves it, else what most serve.
 
-        What an engine serves on trial is nobody's incumbent: there it is what would be restored.
+        What an engine serves on trial, and is not the head, is nobody's incumbent: there it is what would be restored.
         """
-        served = Counter(_settled_version(member) for member in pool.members)
         head = await self.current(pool.digest)
         draft = await self._good(head.version) if head is not None else None
-        if draft is not None and draft.version in served:
+        if draft is not None and any(member.view.info.version == draft.version for member in pool.members):
             return draft.version
+        served = Counter(_settled_version(member) for member in pool.members)
         return min(served, key=lambda version: (-served[version], version))
 
     async def wanted(self, view: EngineView, deployment: Deployment | None) -> Wanted:

@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 
 from tided.model.errors import Refused
 from tided.model.records import Event
+from tided.store import scripts
 from tided.store.client import translated
 from tided.store.replies import entries, raw
 from tided.wire import keys
@@ -26,12 +27,17 @@ class EventStore:
         self._redis = redis
         self._maxlen = maxlen
 
-    async def append(self, event: Event) -> Event:
-        """Store an event; the same with its id. At least the newest `maxlen` are kept."""
-        with translated():
-            entry_id = await self._redis.xadd(
-                keys.events(), {"m": encode(event)}, maxlen=self._maxlen, approximate=True
-            )
+    async def append(self, event: Event, epoch: int | None = None) -> Event:
+        """Store an event; the same with its id. At least the newest `maxlen` are kept.
+
+        `epoch`: of the leader that tells it; None for what any tided may tell. Raises `Superseded`.
+        """
+        message = encode(event)
+        if epoch is not None:
+            entry_id = await scripts.tell(self._redis, keys.events(), message, epoch, self._maxlen)
+        else:
+            with translated():
+                entry_id = await self._redis.xadd(keys.events(), {"m": message}, maxlen=self._maxlen, approximate=True)
         return replace(event, id=(raw(entry_id) or b"").decode())
 
     async def read(self, after_id: str = "0", limit: int = 100, block_s: float = 0.0) -> list[Event]:

@@ -64,6 +64,12 @@ if refused then return refused end
 return redis.call('DEL', KEYS[2])
 """
 
+_TELL = """
+local refused = fence(KEYS[1], ARGV[1])
+if refused then return refused end
+return redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], '*', 'm', ARGV[2])
+"""
+
 _HEARTBEAT = """
 local owner = redis.call('HGET', KEYS[1], 'incarnation')
 if owner and owner ~= ARGV[1] and ARGV[4] ~= '1' then return 0 end
@@ -140,6 +146,11 @@ async def put(redis: Redis, key: str, value: bytes, epoch: int, ttl_ms: int = 0)
 async def delete(redis: Redis, key: str, epoch: int) -> None:
     """The leader deletes a value. Raises `Superseded`."""
     await run(redis, _DELETE, [keys.epoch(), key], [epoch])
+
+
+async def tell(redis: Redis, stream: str, message: bytes, epoch: int, maxlen: int) -> bytes:
+    """The leader appends to a stream of at least the newest `maxlen`; the entry's id. Raises `Superseded`."""
+    return await run(redis, _TELL, [keys.epoch(), stream], [epoch, message, maxlen])
 
 
 async def heartbeat(redis: Redis, worker: str, incarnation: str, info: bytes, ttl_ms: int, *, take: bool) -> int:

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from typing import Any
 
 import anyio
@@ -60,6 +61,14 @@ class GivenBack:
 Outcome = Succeeded | Failed | Cancelled | LeaseLost | GivenBack
 
 
+class Fate(Enum):
+    """What became of an attempt's report. UNKNOWN: its lease ended before an answer came."""
+
+    TAKEN = auto()
+    REFUSED = auto()
+    UNKNOWN = auto()
+
+
 class Attempt:
     """`claimed_s`: `boottime_s` from before the claim was sent. `give_back` set: stop, and return the job to the queue. `staging` None: the
     job's paths are this host's too."""
@@ -99,8 +108,8 @@ class Attempt:
         finally:
             # Also when the agent itself is being cancelled: the job should not have to wait for its lease to run out.
             with anyio.CancelScope(shield=True):
-                await self._commit(outcome)
-                await anyio.to_thread.run_sync(self._tidy, outcome)
+                fate = await self._commit(outcome)
+                await anyio.to_thread.run_sync(self._tidy, outcome, fate)
 
     async def _work(self) -> Outcome:
         async with anyio.create_task_group() as group:
@@ -236,17 +245,18 @@ class Attempt:
 
     # --- commit ---
 
-    async def _commit(self, outcome: Outcome) -> None:
+    async def _commit(self, outcome: Outcome) -> Fate:
         """Say how it ended, until it was heard or the lease is over. After that the leader takes the job back by itself."""
         if isinstance(outcome, LeaseLost):
             self._log.warning("attempt-lost")
-            return
+            return Fate.UNKNOWN
         while True:
             with anyio.move_on_after(max(0.0, self._until_s - boottime_s())):
                 try:
                     await self._report(outcome)
                 except Conflict as exc:
                     self._log.warning("attempt-refused", outcome=type(outcome).__name__, why=str(exc))
+                    return Fate.REFUSED
                 except TooLarge as exc:
                     outcome = Failed(str(exc), retryable=False)
                     continue
@@ -256,12 +266,21 @@ class Attempt:
                     continue
                 else:
                     self._log.info("attempt-ended", outcome=type(outcome).__name__, **_told(outcome))
-                return
+                    return Fate.TAKEN
             self._log.warning("attempt-lost", outcome=type(outcome).__name__)
-            return
+            return Fate.UNKNOWN
 
-    def _tidy(self, outcome: Outcome) -> None:
-        """Keep what was staged, and what another attempt may go on from."""
+    def _tidy(self, outcome: Outcome, fate: Fate) -> None:
+        """Keep what was staged, and what another attempt may go on from. What others have made is theirs unless this one counts."""
+        if fate is Fate.REFUSED:
+            leftovers.remove(self._directory)
+            return
+        if fate is Fate.UNKNOWN:
+            # It may have been heard after all.
+            staged = isinstance(outcome, Succeeded) and outcome.result.staged and not outcome.result.objects
+            if not staged and not leftovers.may_resume(self._directory):
+                leftovers.remove(self._directory)
+            return
         match outcome:
             case Succeeded(result):
                 leftovers.remove_others(self._directory)
