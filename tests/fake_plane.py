@@ -206,7 +206,7 @@ class FakePlane:
     def _deployment(self, version: str) -> Deployment:
         return Deployment("deploy-1", "local", version, DIGESTS[1], DeploymentState.PENDING, 1, 0, 0, "operator")
 
-    async def jobs(self, limit: int, state: JobState | None) -> tuple[Job, ...]:
+    async def jobs(self, limit: int, state: JobState | None = None) -> tuple[Job, ...]:
         self._enter()
         return (JOB,)[:limit] if state in (None, JOB.state) else ()
 

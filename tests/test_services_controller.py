@@ -12,6 +12,7 @@ from tests.control import Control, leading, settings, store_samples, variant
 from tests.engine_double import EngineDouble, describe_double, running_double
 from tests.support import eventually
 from tests.tiny import make_target
+from tided.config import TargetConfig
 from tided.draft import checkpoint
 from tided.machine.collection import Collection, Phase
 from tided.machine.placement import Capacity
@@ -420,10 +421,11 @@ async def test_a_worker_is_cordoned_by_name_and_uncordoned_also_when_it_is_away(
 async def test_jobs_carry_what_their_target_s_configuration_says(
     valkey: Valkey, tmp_path: Path, target: Path, first: Path
 ) -> None:
-    needs: dict[str, object] = {"device": "cuda", "devices": 2, "memory_bytes": 8 << 30}
-    one: dict[str, object] = {"path": str(target), "priority": 7, "training": needs}
+    needs = {"device": "cuda", "devices": 2, "memory_bytes": 8 << 30}
+    one = TargetConfig(path=target, priority=7, training=needs)
+    config = settings(tmp_path, target).model_copy(update={"target": (one,)})
     async with (
-        leading(valkey, settings(tmp_path, target, target=one)) as control,
+        leading(valkey, config) as control,
         running_double(valkey, describe_double(target, first)) as engine,
     ):
         await eventually(control.context.engines.list)

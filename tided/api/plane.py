@@ -42,7 +42,7 @@ class Plane(Protocol):
 
     async def rollback(self, engine: str, actor: str) -> Deployment: ...
 
-    async def jobs(self, limit: int, state: JobState | None) -> tuple[Job, ...]:
+    async def jobs(self, limit: int, state: JobState | None = None) -> tuple[Job, ...]:
         """The newest, of a state or of all."""
         ...
 

@@ -133,7 +133,8 @@ class Controller:
             for pool in tuple(self.pools.values()):
                 group.start_soon(self._train, pool, now_ms, problems, done)
         self._note(problems)
-        if now_s - self._reaped_s >= REAP_EVERY_S:
+        leads = context.leadership.epoch is not None  # it may have stepped down in this cycle
+        if leads and now_s - self._reaped_s >= REAP_EVERY_S:
             self._reaped_s = now_s
             await self.workforce.look(now_ms)
             done += [f"reaped {job.id}" for job in await self._reap()]
