@@ -261,8 +261,10 @@ def parse_settings(argv: Sequence[str]) -> WorkerSettings:
         values["cpus"] = tuple(int(core) for core in values["cpus"].split(",")) if "cpus" in values else ()
     except (TideError, ValueError) as exc:
         raise ConfigError(f"tide-worker: {exc}") from exc
-    if min(values.get("threads", 1), values.get("devices", 1)) < 1 or values.get("drain_s", 0.0) < 0:
-        raise ConfigError("tide-worker: --threads and --devices must be at least 1 and --drain-s not negative")
+    if values.get("threads", 1) < 1 or values.get("drain_s", 0.0) < 0:
+        raise ConfigError("tide-worker: --threads must be at least 1 and --drain-s not negative")
+    if values.get("devices", 1) < 1:
+        raise ConfigError("tide-worker: --devices must be at least 1")
     if values.get("devices", 1) > 1 and ":" in values.get("device", "cpu"):
         raise ConfigError("tide-worker: --device must be a kind without a number when there are several --devices")
     return WorkerSettings(**values)
