@@ -473,7 +473,7 @@ async def test_a_worker_waits_for_a_redis_that_is_not_there_yet(start: Start, se
         (["--redis", "http://x", "--name", "w1"], "expected unix://, redis:// or rediss://"),
         (["--redis", "unix:///x", "--name", "No Name"], "is not a name"),
         (["--redis", "unix:///x", "--kinds", "train,bake"], "bake"),
-        (["--redis", "unix:///x", "--threads", "0"], "--threads and --devices must be at least 1"),
+        (["--redis", "unix:///x", "--threads", "0"], "--threads must be at least 1"),
         (["--redis", "unix:///x", "--cpus", "9999"], "Invalid argument"),
         (["--config", "/nowhere.toml"], "there is no such file"),
     ],
