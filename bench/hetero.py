@@ -51,7 +51,7 @@ from tided.local import LocalStack, Service, services
 from tided.model.codec import to_plain
 from tided.model.records import JobKind, VerificationState
 from tided.model.status import Status
-from tided.worker.settings import WorkerSettings
+from tided.worker.settings import NICE
 
 ENGINES = ("first", "second")
 SELF_TEST_S = 180.0
@@ -125,7 +125,7 @@ async def serve_and_train(stack: LocalStack, plan: Plan, places: Places, pair: s
         await stack.start(replace(service, cores=first if service.name == "engine" else second))
     control = Control(config.daemon.socket_path)
     await control.wait_for(_passed, SELF_TEST_S)
-    await spin(stack, places, pair, nice=WorkerSettings.nice)
+    await spin(stack, places, pair, nice=NICE)
     url = f"http://{config.engine.host}:{config.engine.port}"
     return await unless_ended(stack, _adapts(stack, control, plan, url))
 

@@ -9,7 +9,7 @@ import httpx
 
 from tests.loop import complete, make_prompts
 
-PROMPTS = 60
+PROMPTS = 24
 THINK_S = (0.02, 0.3)
 RETRY_S = 0.2
 TIMEOUT_S = 120.0

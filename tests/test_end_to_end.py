@@ -52,7 +52,7 @@ async def test_the_loop_closes(tmp_path: Path) -> None:
     assert engine.swaps == 1
     assert engine.samples.lost == 0
     kinds = [item.kind for item in events]
-    order = ["training-started", "draft-added", "deployment-started", "gate-decided", "draft-swapped", "draft-live"]
+    order = ["training-started", "draft-added", "gate-decided", "deployment-started", "draft-swapped", "draft-live"]
     assert [kind for kind in kinds if kind in order][: len(order)] == order, shown(events)
     gate = next(item for item in events if item.kind == "gate-decided")
     assert gate.data["lower"] > 0

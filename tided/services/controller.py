@@ -114,7 +114,7 @@ class Controller:
         await self.monitor.poll(now_s)
         self._forget(before - set(self.monitor.views))
         await context.read_targets()
-        if context.leadership.epoch is None:
+        if not context.leadership.leads:
             self.pools, self.training = {}, {}
             self.workforce.forget()
             return []
@@ -133,7 +133,7 @@ class Controller:
             for pool in tuple(self.pools.values()):
                 group.start_soon(self._train, pool, now_ms, problems, done)
         self._note(problems)
-        leads = context.leadership.epoch is not None  # it may have stepped down in this cycle
+        leads = context.leadership.leads  # it may have stepped down in this cycle
         if leads and now_s - self._reaped_s >= REAP_EVERY_S:
             self._reaped_s = now_s
             await self.workforce.look(now_ms)

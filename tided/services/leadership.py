@@ -29,6 +29,10 @@ class Leadership:
         """The epoch to act under; None in standby, and from the moment at which the lease could have run out."""
         return self._lease.epoch
 
+    @property
+    def leads(self) -> bool:
+        return self.epoch is not None
+
     def require(self) -> int:
         """The epoch, or `Unavailable`: ask the leader instead."""
         epoch = self.epoch

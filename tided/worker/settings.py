@@ -10,6 +10,7 @@ from typing import Any
 from tided.machine.placement import Capacity
 from tided.model.records import JobKind
 
+NICE = 5
 TRAINER = (sys.executable, "-m", "tided.training")
 RANKS = ("-m", "torch.distributed.run", "--standalone", "--max-restarts", "0", "--nproc-per-node")
 """Between the interpreter and the module, with the number of processes after it: the trainer by torchrun."""
@@ -51,7 +52,7 @@ class WorkerSettings:
     devices: int = 1
     memory_bytes: int = 0
     cpus: tuple[int, ...] = ()
-    nice: int = 5
+    nice: int = NICE
     drain_s: float = 20.0
     lease_s: float = 15.0
     keep_s: float = 7 * 86_400.0
