@@ -35,6 +35,7 @@ class TrainerProcess:
     def __init__(self, process: Process, mark: str) -> None:
         self._process = process
         self._mark = f"{MARK}={mark}".encode()
+        self._born = _born(process.pid)
         self.stderr_tail: deque[str] = deque(maxlen=STDERR_LINES)
 
     @classmethod
@@ -82,7 +83,7 @@ class TrainerProcess:
             with anyio.move_on_after(TERM_GRACE_S):
                 await self._process.wait()
         self._signal(signal.SIGKILL)  # also for children of its own that it left behind
-        while marked := await anyio.to_thread.run_sync(_carrying, self._mark):
+        while marked := await anyio.to_thread.run_sync(_carrying, self._mark, self._born):
             for pid in marked:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -95,14 +96,26 @@ class TrainerProcess:
             os.killpg(self._process.pid, number)
 
 
-def _carrying(mark: bytes) -> list[int]:
-    """Processes of ours that were started with this in their environment. Dead ones that wait for their parent have none."""
+def _carrying(mark: bytes, since: int) -> list[int]:
+    """Processes of ours that were started with this in their environment. Dead ones that wait for their parent have none.
+
+    Older ones are not asked: to read a process's environment may wait for its memory map, which a large server can hold for long.
+    """
     found: list[int] = []
     for directory in Path("/proc").iterdir():
-        with suppress(OSError):  # it has ended, or is another user's
-            if directory.name.isdecimal() and mark in (directory / "environ").read_bytes().split(b"\0"):
-                found.append(int(directory.name))
+        if directory.name.isdecimal() and _born(int(directory.name)) >= since:
+            with suppress(OSError):  # it has ended, or is another user's
+                if mark in (directory / "environ").read_bytes().split(b"\0"):
+                    found.append(int(directory.name))
     return found
+
+
+def _born(pid: int) -> int:
+    """When a process was started, in clock ticks since boot; 0 if it has gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return 0
 
 
 def describe_exit(status: int) -> str:
