@@ -261,10 +261,12 @@ def test_newest_requests_below_the_last_score_are_a_fall_without_any_trend() -> 
     assert story.state.answer is Answer.DRIFT, "its score on these very samples has fallen too"
 
 
-def test_a_version_that_serves_below_its_gate_is_asked_about_and_is_no_drift() -> None:
+@pytest.mark.parametrize(("alone", "answer"), [(False, Answer.NONE), (True, Answer.DRIFT)])
+def test_a_version_that_serves_below_its_gate_is_asked_about(*, alone: bool, answer: Answer) -> None:
+    """A gate's requests are those of all engines of the target: where there is one, they say what its traffic was."""
     evaluation = Evaluation("v", 4, ("",) * 40, (2.3056,) * 20 + (2.4,) * 20, (50,) * 40, (0.6,) * 4)
     draw, served = random.Random(0), ServedClasses()
-    state = Suspicion("i", "v", expected=(Expected.by_gate(evaluation),))
+    state = Suspicion("i", "v", expected=(Expected.by_gate(evaluation, alone=alone),))
     for second in range(4):
         for _ in range(4):
             served.add(replace(request(draw, 0.15), temperature=0.0), NOW + second, captured=True)
@@ -275,7 +277,7 @@ def test_a_version_that_serves_below_its_gate_is_asked_about_and_is_no_drift() -
             served.add(replace(request(draw, 0.15), temperature=0.0), NOW + 5 + second, captured=True)
     state = asked(state, Wish(0.0, state.onset_ms), "job", NOW + 20)
     found, _ = judge(state, served, (replace(score(draw, 0.15), temperature=0.0),))
-    assert found.answer is Answer.NONE
+    assert found.answer is answer
     found, news = judge(state, served, (replace(score(draw, 0.6), temperature=0.0),))
     assert (found.answer, [item.kind for item in news]) == (Answer.FAULT, ["engine-fault-suspected"])
 

@@ -18,6 +18,10 @@ from tided.model.records import Deployment, DeploymentState, ServedSums
 _S = DeploymentState
 
 
+MOST_TIMES = 2
+"""So many times the requests of a good version's watch are the most: a doubt that is the baseline's own does not end with more of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class WatchRules:
     """From `watch_requests` with the new version on its acceptance length is held against what the incumbent's would be
@@ -279,11 +283,13 @@ def _judge(deployment: Deployment, now_ms: int, rules: WatchRules) -> Step:
         return _worse(deployment, found, now_ms, rules)
     if found.verdict is Verdict.FINE and requests >= rules.enough(deployment):
         return _ended(deployment, _S.LIVE, "")
+    if requests >= MOST_TIMES * rules.enough(deployment):
+        return _watch_over(deployment, now_ms, rules)
     return deployment, ()
 
 
 def _watch_over(deployment: Deployment, now_ms: int, rules: WatchRules) -> Step:
-    """Time is up. Without evidence against it the version stays: the gate has already found it better.
+    """Time is up, or enough requests were seen. Without evidence against it the version stays: the gate has already found it better.
 
     But a trial on an engine that has hardly any requests, where others have them, is none.
     """

@@ -68,19 +68,20 @@ class Answer(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Expected:
     """What the draft is expected to give at a temperature. `error`: its standard error, as a share; `own`: by a score on this engine's
-    samples, and not by its gate's evaluation, which is of all engines of the target."""
+    samples, and not by its gate's evaluation, which is of all engines of the target; `alone`: but there was no other."""
 
     temperature: float
     conditional: tuple[float, ...]
     error: float
     own: bool = False
+    alone: bool = False
 
     @classmethod
-    def by_gate(cls, evaluation: Evaluation) -> "Expected":
+    def by_gate(cls, evaluation: Evaluation, *, alone: bool = False) -> "Expected":
         """Of greedy requests: the evaluation is greedy."""
         accepted = [(length - 1.0) * n for length, n in zip(evaluation.lengths, evaluation.tokens, strict=True)]
         mean, error = ratio(accepted, [float(n) for n in evaluation.tokens])
-        return cls(0.0, evaluation.conditional, error / mean if mean > 0.0 else 0.0)
+        return cls(0.0, evaluation.conditional, error / mean if mean > 0.0 else 0.0, alone=alone)
 
     @classmethod
     def by_score(cls, score: SamplingScore) -> "Expected":
@@ -355,7 +356,7 @@ def _newest_alpha(served: ServedClass, since_ms: int) -> float | None:
 
 def _fell(before: Expected | None, new: Expected | None) -> bool:
     """Whether the score itself is surely less than the one before, on this engine's samples."""
-    if before is None or new is None or not before.own:
+    if before is None or new is None or not (before.own or before.alone):
         return False
     old, now = (accepted_at(item.conditional, len(item.conditional)) for item in (before, new))
     return old - now > max(MARGIN * old, SURE * sqrt((old * before.error) ** 2 + (now * new.error) ** 2))

@@ -57,7 +57,7 @@ class FaultWatch:
         before = await self.current(view.engine)
         state = before
         if (state.incarnation, state.version) != (view.info.incarnation, view.version):
-            state = await self._fresh(view)
+            state = await self._fresh(view, alone=len(peers) == 1)
         state, news = suspicion.look(state, view.served, view.falls(), now_ms, rules, judgeable=_judgeable(view))
         wanted = suspicion.wish(state, view.served, now_ms, rules) if _judgeable(view) else None
         if state.job:
@@ -90,11 +90,11 @@ class FaultWatch:
             wait_ms=round(settings.fault_wait_s * 1000),
         )
 
-    async def _fresh(self, view: EngineView) -> Suspicion:
+    async def _fresh(self, view: EngineView, *, alone: bool) -> Suspicion:
         """Of a version that begins to serve: its gate says what to expect of it."""
         draft = await self._context.find_draft(view.version)
         evaluation = draft.evaluation if draft is not None and draft.origin is DraftOrigin.TRAINED else None
-        expected = (Expected.by_gate(evaluation),) if evaluation is not None and evaluation.tokens else ()
+        expected = (Expected.by_gate(evaluation, alone=alone),) if evaluation is not None and evaluation.tokens else ()
         return Suspicion(view.info.incarnation, view.version, expected=expected)
 
     async def _spec(
