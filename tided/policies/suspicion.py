@@ -37,6 +37,8 @@ NEWEST = (8, 16, 32)
 """So many newest requests of one temperature are held against what is expected."""
 LEAST_STEPS = 60
 """Drafting steps of the newest requests, where few steps of a request draft."""
+GATE_MARGIN = 0.5
+"""By such a share of its accepted tokens a draft must fall short of its gate to have met other traffic."""
 EXPLAINED = 0.7
 """Share of the trend's fall that the score's must reach to be its cause."""
 FEW, HUNCH = 6, 2.5
@@ -355,11 +357,12 @@ def _newest_alpha(served: ServedClass, since_ms: int) -> float | None:
 
 
 def _fell(before: Expected | None, new: Expected | None) -> bool:
-    """Whether the score itself is surely less than the one before, on this engine's samples."""
+    """Whether the score itself is surely less than the one before, on this engine's samples; of a gate's, by much: it was of older ones."""
     if before is None or new is None or not (before.own or before.alone):
         return False
     old, now = (accepted_at(item.conditional, len(item.conditional)) for item in (before, new))
-    return old - now > max(MARGIN * old, SURE * sqrt((old * before.error) ** 2 + (now * new.error) ** 2))
+    margin = MARGIN if before.own else GATE_MARGIN
+    return old - now > max(margin * old, SURE * sqrt((old * before.error) ** 2 + (now * new.error) ** 2))
 
 
 def _enough(score: SamplingScore) -> bool:
