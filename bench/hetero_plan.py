@@ -1,13 +1,11 @@
 """The sizes of the bench of heterogeneous allocation, and what its predictions take from earlier reports."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.study import Parts
+from bench.study import Parts, plan_digest
 
 WHOLE, QUARTER = "whole", "quarter"
 SPINNERS = {WHOLE: 0, QUARTER: 3}
@@ -63,7 +61,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Identifies the plan in the parts that were run under it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return plan_digest(asdict(self))
 
 
 def smoke() -> Plan:

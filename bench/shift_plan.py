@@ -1,13 +1,11 @@
 """The sizes of the study of shifting traffic. One plan, one report: a part that was run under another plan is not reused."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.study import Parts
+from bench.study import Parts, plan_digest
 
 ARMS = ("none", "static", "tided")
 
@@ -57,7 +55,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Identifies the plan in the parts that were run under it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return plan_digest(asdict(self))
 
 
 def smoke(domains: tuple[str, str], seconds: float) -> Plan:

@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +42,11 @@ def noting(source: Iterator[Prompt], into: list[Prompt]) -> Iterator[Prompt]:
 def digest_of(prompt: Prompt) -> str:
     """Names a prompt in raw parts, which hold no text."""
     return hashlib.sha256(f"{prompt.domain}\n{prompt.user}".encode()).hexdigest()[:20]
+
+
+def plan_digest(plan: Mapping[str, Any]) -> str:
+    """Identifies a plan, as plain data, in the parts that were run under it."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @asynccontextmanager

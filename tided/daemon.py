@@ -136,7 +136,7 @@ class Daemon:
         problem = controller.redis_problem or leadership.problem
         if problem:
             return f"degraded: {problem}"
-        if leadership.epoch is None:
+        if not leadership.leads:
             return "standby: another tided leads"
         engines = len(controller.monitor.views)
         troubled = sum(bool(problem) for problem in controller.problems.values())

@@ -1,12 +1,11 @@
 """The sizes of the study of recurring domains on a real server. One plan, one report: a part that another plan ran is not reused."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from bench.engines import shift_plan
+from bench.study import plan_digest
 
 POOL, RETRAIN = "pool", "retrain"
 ARMS = (POOL, RETRAIN)
@@ -35,7 +34,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Identifies the plan in the parts that were run under it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return plan_digest(asdict(self))
 
     def started(self, arm: str) -> shift_plan.Plan:
         """How the server of one arm is started."""

@@ -1,10 +1,10 @@
 """The sizes of the study of shifting traffic on real servers. One plan, one report: a part that another plan ran is not reused."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from bench.study import plan_digest
 
 NONE, STATIC, OWN, TIDED = "none", "static", "own", "tided"
 ARMS = (NONE, STATIC, OWN, TIDED)
@@ -54,7 +54,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Identifies the plan in the parts that were run under it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return plan_digest(asdict(self))
 
 
 def sglang() -> Plan:

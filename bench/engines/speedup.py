@@ -9,9 +9,7 @@ missing are run, and the claims (`bench.engines.speedup_report`) written after e
 
 import argparse
 import asyncio
-import hashlib
 import itertools
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +23,7 @@ from bench.engines.servers import Engine
 from bench.engines.speedup_report import write_report
 from bench.load import each
 from bench.model import DEFAULT
-from bench.study import Parts, prompts_of, run
+from bench.study import Parts, plan_digest, prompts_of, run
 from bench.traffic import Prompt
 from tided.model.codec import to_plain
 from tided.model.errors import Unavailable
@@ -55,7 +53,7 @@ class Plan:
     def digest(self) -> str:
         """Identifies the plan in the parts that were run under it; how many parts there are does not matter."""
         plain = {**asdict(self), "parts": 0}
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+        return plan_digest(plain)
 
     @property
     def names(self) -> tuple[str, ...]:

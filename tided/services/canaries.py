@@ -32,7 +32,7 @@ from tided.model import failpoints
 from tided.model.errors import Conflict, Refused
 from tided.model.records import Canary, CanaryState, Deployment, DeploymentState, Draft, DraftOrigin, Job
 from tided.services.context import Context
-from tided.services.deployer import Deployer, check_fit
+from tided.services.deployer import Deployer, fits
 from tided.services.monitor import Monitor
 from tided.services.pools import Head, Heads, Member, Pool
 
@@ -154,7 +154,7 @@ class Canaries:
 
     def _followers(self, pool: Pool, canary: Member, draft: Draft) -> bool:
         """Whether any other engine could follow."""
-        return any(member is not canary and _can_take(member, draft) for member in pool.members)
+        return any(member is not canary and fits(member.view.info, draft) for member in pool.members)
 
     async def _trained(self, version: str) -> bool:
         """Whether a longer watch can show anything: what version 0 accepts is next to nothing, and nothing accepts less."""
@@ -204,11 +204,3 @@ def _stray(deployment: Deployment, canary: Canary) -> bool:
     over = deployment.state.final or deployment.state is DeploymentState.RESTORING
     expected = not canary.state.final and _its_own(deployment, canary)
     return deployment.reason == GATE and not over and not expected
-
-
-def _can_take(member: Member, draft: Draft) -> bool:
-    try:
-        check_fit(member.view.info, draft)
-    except Refused:
-        return False
-    return True

@@ -69,7 +69,7 @@ class Courier:
         while time.monotonic() < self._until_s[engine]:
             with translated("draft"):
                 asked = cast("Any", await redis.blpop([keys.fetches(engine)], timeout=_BLOCK_S))
-            if asked is not None and self._leadership.epoch is not None:
+            if asked is not None and self._leadership.leads:
                 try:
                     await self._answer(redis, engine, fetch.check(decode(fetch.FetchRequest, asked[1])))
                 except Refused as exc:

@@ -288,6 +288,15 @@ def check_fit(info: EngineInfo, draft: Draft) -> None:
         )
 
 
+def fits(info: EngineInfo, draft: Draft) -> bool:
+    """Whether the engine can take the draft."""
+    try:
+        check_fit(info, draft)
+    except Refused:
+        return False
+    return True
+
+
 def desired_version(deployment: Deployment | None) -> str:
     """The version that an engine should serve by its newest, finished deployment; "" when nothing says so."""
     if deployment is None or not deployment.state.final:

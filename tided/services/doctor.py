@@ -88,7 +88,7 @@ async def _redis(controller: Controller) -> list[Check]:
 async def _tided(controller: Controller) -> list[Check]:
     context = controller.context
     checks: list[Check] = []
-    if context.leadership.epoch is not None:
+    if context.leadership.leads:
         checks.append(Check("leader", _OK, f"this tided leads, epoch {context.leadership.epoch}"))
     else:
         why = context.leadership.problem or "another tided leads; ask that one for the engines' state"

@@ -111,7 +111,7 @@ class Exchange:
         """For ever, while this tided leads."""
         while True:
             busy = False
-            if self._stager is not None and self._leadership.epoch is not None:
+            if self._stager is not None and self._leadership.leads:
                 try:
                     busy = await self.step()
                     self._tell("")
@@ -216,7 +216,7 @@ class Exchange:
     def _check(self) -> None:
         """From a thread: stop when the task was cancelled or another tided leads."""
         anyio.from_thread.check_cancelled()
-        if self._leadership.epoch is None:
+        if not self._leadership.leads:
             raise Unavailable("this tided leads no more")
 
     def _tell(self, problem: str) -> None:

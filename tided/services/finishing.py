@@ -46,9 +46,9 @@ class Finishing:
         result = job.result
         if result is None or result.incumbent is None or result.candidate is None:
             return Ending(Outcome.FAILED, f"job {job.id}: its result has no staged draft with two evaluations")
-        decision = gate.judge(result.incumbent, result.candidate, self._context.config.gate)
-        canary = await self._canaries.of(pool, job)
+        canary, decision = await self._canaries.of(pool, job), None
         if canary is None:
+            decision = gate.judge(result.incumbent, result.candidate, self._context.config.gate)
             try:
                 draft = await self._stored(pool, job, result, now_ms)
             except Refused as exc:
@@ -70,7 +70,11 @@ class Finishing:
             canary = await self._canaries.begin(pool, job, draft, now_ms)
         canary = await self._canaries.reconcile(pool, canary, now_ms)
         outcome = _OUTCOMES.get(canary.state)
-        return Ending(outcome, _why(canary), decision.gain_share) if outcome is not None else None
+        if outcome is None:
+            return None
+        # Its watch takes many cycles: what the gate said is computed again at its end only.
+        decision = decision or gate.judge(result.incumbent, result.candidate, self._context.config.gate)
+        return Ending(outcome, _why(canary), decision.gain_share)
 
     async def _stored(self, pool: Pool, job: Job, result: JobResult, now_ms: int) -> Draft | None:
         """The job's draft in the store; the same record when it is there already, None while it is on its way to this host."""

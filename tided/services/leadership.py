@@ -58,13 +58,13 @@ class Leadership:
                     if not self.problem:
                         _log.warning("redis-lost", why=str(exc))
                     self.problem = str(exc)
-                await anyio.sleep(self._ttl_s / RENEWALS_PER_TTL if self.epoch is not None else STANDBY_POLL_S)
+                await anyio.sleep(self._ttl_s / RENEWALS_PER_TTL if self.leads else STANDBY_POLL_S)
         finally:
             with anyio.move_on_after(1.0, shield=True):
                 await self._give_up()
 
     async def _once(self) -> None:
-        if self.epoch is not None:
+        if self.leads:
             if not await self._lease.renew():
                 _log.warning("lease-lost", why="another tided has taken over, or Redis lost the lease")
             return

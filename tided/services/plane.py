@@ -82,7 +82,7 @@ class ControlPlane:
         return Status(
             name=context.config.daemon.name,
             program=tided.__version__,
-            leader=context.leadership.epoch is not None,
+            leader=context.leadership.leads,
             epoch=context.leadership.epoch or 0,
             uptime_s=context.clock() - context.started_s,
             redis=redis,

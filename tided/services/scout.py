@@ -38,7 +38,7 @@ from tided.model.records import (
 from tided.policies.domains import DomainRules, Domains
 from tided.services import gate
 from tided.services.context import Context
-from tided.services.deployer import check_fit
+from tided.services.deployer import fits
 from tided.services.pools import POOLED, Head, Heads, Member, Pool
 from tided.services.stock import Newest, Stockroom
 
@@ -391,14 +391,7 @@ class Scout:
     async def _fits(self, version: str, engines: Sequence[EngineInfo]) -> bool:
         """Whether every engine could take it."""
         draft = await self._context.find_draft(version)
-        if draft is None or draft.quarantined:
-            return False
-        try:
-            for info in engines:
-                check_fit(info, draft)
-        except Refused:
-            return False
-        return True
+        return draft is not None and not draft.quarantined and all(fits(info, draft) for info in engines)
 
     async def _good(self, version: str) -> bool:
         draft = await self._context.find_draft(version)
