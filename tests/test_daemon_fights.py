@@ -81,17 +81,16 @@ async def test_a_commit_that_slept_past_its_lease_is_refused(
         serving = asyncio.create_task(traffic())
         try:
             sleeper = {"TIDED_FAILPOINT": f"{failpoint}:pause"}
-            async with (
-                tided(tmp_path / "a.toml", tmp_path, "a", sleeper) as asleep,
-                tided(tmp_path / "b.toml", tmp_path, "b") as awake,
-            ):
+            async with tided(tmp_path / "a.toml", tmp_path, "a", sleeper) as asleep:
                 await stopped(asleep)
-                await eventually(lambda: converged(client), timeout_s=120)
-                asleep.process.send_signal(signal.SIGCONT)
-                await asleep.status("standby")
-                status = await eventually(lambda: converged(client), timeout_s=120)
-                assert (await asyncio.to_thread(client.status)).leader
-                assert [await asleep.stop(), await awake.stop()] == [0, 0]
+                async with tided(tmp_path / "b.toml", tmp_path, "b") as awake:
+                    await awake.ready()
+                    await eventually(lambda: converged(client), timeout_s=120)
+                    asleep.process.send_signal(signal.SIGCONT)
+                    await asleep.status("standby")
+                    status = await eventually(lambda: converged(client), timeout_s=120)
+                    assert (await asyncio.to_thread(client.status)).leader
+                    assert [await asleep.stop(), await awake.stop()] == [0, 0]
         finally:
             stop.set()
             await asyncio.gather(serving, worker)

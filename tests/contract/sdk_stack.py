@@ -44,7 +44,7 @@ class Running:
 class Server:
     """The step loop."""
 
-    def __init__(self, redis_url: str, engine: str, target: Path, draft: Path) -> None:
+    def __init__(self, redis_url: str, engine: str, target: Path, draft: Path, drafts_dir: Path) -> None:
         self._model: Any = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
         info, self._eos = describe(target), read_config(target).eos
         self._layers, self._shape = info.aux_layers, TargetShape(info.hidden, info.vocab)
@@ -63,7 +63,7 @@ class Server:
             draft=identify(draft),
             report_interval_s=0.1,
         )
-        self._producer = Producer(redis_url, stack, on_swap=self._swap, on_profile=self._measure)
+        self._producer = Producer(redis_url, stack, on_swap=self._swap, on_profile=self._measure, drafts_dir=drafts_dir)
 
     def serve(self) -> None:
         threading.Thread(target=self._read, daemon=True).start()
@@ -174,5 +174,6 @@ if __name__ == "__main__":
     parser.add_argument("--engine", required=True)
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--draft", type=Path, required=True)
+    parser.add_argument("--drafts-dir", type=Path, required=True)
     given = parser.parse_args()
-    Server(given.redis, given.engine, given.target, given.draft).serve()
+    Server(given.redis, given.engine, given.target, given.draft, given.drafts_dir).serve()

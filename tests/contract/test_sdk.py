@@ -33,8 +33,8 @@ class SdkSubject:
     prefix_cache = False
     context = 400
 
-    def __init__(self, redis_url: str, target: Path, draft: Path) -> None:
-        self.target_dir, self.draft_dir = target, draft
+    def __init__(self, redis_url: str, target: Path, draft: Path, drafts_dir: Path) -> None:
+        self.target_dir, self.draft_dir, self._drafts_dir = target, draft, drafts_dir
         self._redis_url = redis_url
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
@@ -54,6 +54,7 @@ class SdkSubject:
             self.engine,
         ]
         command += ["--target", str(self.target_dir), "--draft", str(self.draft_dir)]
+        command += ["--drafts-dir", str(self._drafts_dir)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
         assert self._ready.result(300)
@@ -124,7 +125,7 @@ class SdkSubject:
 def subject(contract_redis: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SdkSubject]:
     work = tmp_path_factory.mktemp("sdk")
     target = make_target(work / "target")
-    running = SdkSubject(contract_redis.url, target, make_draft(target, work / "draft"))
+    running = SdkSubject(contract_redis.url, target, make_draft(target, work / "draft"), work / "drafts")
     running.start()
     try:
         yield running
