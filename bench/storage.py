@@ -202,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cycles", type=int, default=CYCLES)
     parser.add_argument("--minutes", type=float, default=20.0, help="give up after so long")
     given = parser.parse_args(arguments)
+    if given.cycles <= SETTLED:
+        parser.error(f"--cycles: more than {SETTLED}, after which what is kept should be flat")
     publish("storage", asyncio.run(measure(given.model, given.cycles, given.minutes)))
 
 

@@ -167,8 +167,12 @@ async def test_a_worker_is_cordoned_by_the_newest_leader_only_and_until_it_is_un
         await store.mark("w1", WorkerMark.CORDON, epoch=4)
     assert await store.register(worker("i1")) is Beat.NOTED
     await store.mark("w1", WorkerMark.CORDON, epoch=5)
+    assert [(info.cordoned, info.draining) for info in await store.list()] == [(True, False)], (
+        "before it has heard of it"
+    )
     assert await store.heartbeat(worker("i1")) is Beat.CORDONED
     await store.mark("w1", WorkerMark.DRAIN, epoch=5)
+    assert [(info.cordoned, info.draining) for info in await store.list()] == [(True, True)]
     assert await store.heartbeat(worker("i1")) is Beat.DRAIN
     assert await store.register(worker("i2")) is Beat.DRAIN, "a restart changes nothing"
     assert valkey.client.pttl(keys.cordon("w1")) == -1

@@ -385,8 +385,8 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """A worker's heartbeat, written by the worker under a TTL. `memory_bytes`: of each device, 0 if not known; `rate`: tokens/s of its
-    newest training, 0 before the first; `cordoned`: the operator wants it to claim nothing; `draining`: what it runs
-    ends or is given back."""
+    newest training, 0 before the first; `draining`: what it runs ends or is given back; `cordoned`: the operator wants it to claim
+    nothing, which the registry fills in."""
 
     worker: str
     incarnation: str

@@ -91,7 +91,7 @@ return redis.call('DEL', KEYS[1])
 _WORKERS = """
 local found = {}
 for _, name in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
-  found[#found + 1] = {name, redis.call('HGET', ARGV[1] .. name, 'info') or ''}
+  found[#found + 1] = {name, redis.call('HGET', ARGV[1] .. name, 'info') or '', redis.call('GET', ARGV[2] .. name) or ''}
 end
 return found
 """
@@ -164,7 +164,7 @@ async def remove_worker(redis: Redis, worker: str, incarnation: str) -> None:
     await run(redis, _REMOVE_WORKER, [keys.worker(worker), keys.workers()], [incarnation, worker])
 
 
-async def workers(redis: Redis) -> list[tuple[str, bytes]]:
-    """Name and newest record of the registered workers; no bytes for one whose heartbeat has ended."""
-    found = await run(redis, _WORKERS, [keys.workers()], [keys.WORKER_PREFIX])
-    return [(name.decode(), info) for name, info in found]
+async def workers(redis: Redis) -> list[tuple[str, bytes, str]]:
+    """Name, newest record and mark of the registered workers; no bytes for one whose heartbeat has ended, "" without a mark."""
+    found = await run(redis, _WORKERS, [keys.workers()], [keys.WORKER_PREFIX, keys.CORDON_PREFIX])
+    return [(name.decode(), info, mark.decode()) for name, info, mark in found]

@@ -4,6 +4,7 @@ A *cordoned* worker is given no job (the claim script looks) until it is uncordo
 cordoned too, and what it runs may go on for its `drain_s`, and is then given back.
 """
 
+from dataclasses import replace
 from enum import IntEnum
 
 import structlog
@@ -55,10 +56,12 @@ class WorkerStore:
         """
         fresh: list[WorkerInfo] = []
         silent: list[str] = []
-        for name, record in await scripts.workers(self._redis):
+        for name, record, mark in await scripts.workers(self._redis):
             try:
                 if record:
-                    fresh.append(decode(WorkerInfo, record))
+                    info = decode(WorkerInfo, record)
+                    drains = info.draining or mark == WorkerMark.DRAIN
+                    fresh.append(replace(info, cordoned=bool(mark), draining=drains))
                 else:
                     silent.append(name)
             except Refused as exc:

@@ -206,7 +206,6 @@ class Agent:
             devices=has.devices,
             memory_bytes=has.memory_bytes,
             rate=has.rate,
-            cordoned=self._told in (Beat.CORDONED, Beat.DRAIN),
         )
 
     async def _sign_off(self) -> None:
