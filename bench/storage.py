@@ -1,6 +1,6 @@
 """What tided keeps while it trains again and again, against what was tapped.
 
-`python -m bench.storage [--cycles 66]` writes build/bench/storage.json; about 13 minutes on a free core. Kept are Redis' memory for
+`python -m bench.storage [--cycles 66]` writes build/bench/storage.json; about 7 minutes on a free core. Kept are Redis' memory for
 our keys, and shards: the cycle in training, what comes in meanwhile, the replay reserve, held-out ones. tided, its Valkey, its
 collector, a worker and its trainer are real; the serving stack is `tided.client`, which sends rows of SmolLM2's shape. Their ids
 follow from nothing, so every training is judged worse, its samples are consumed, and the next one begins at once: no draft is
@@ -38,7 +38,7 @@ LEAST_CYCLES = 30
 SETTLED = 3
 """Cycles after which what is kept should be flat."""
 MIN_ROWS = 2000
-MAX_BYTES = 3 * MIN_ROWS * 4608
+MAX_BYTES = 2 * MIN_ROWS * 4608
 CREDIT_BYTES = 2 << 20
 PROMPT, OUTPUT = 16, 48
 RATE = 400.0

@@ -1,5 +1,6 @@
 """The embedded engine as a subject of the contract: tide-engine in a process, asked over HTTP."""
 
+import os
 import re
 import signal
 import subprocess
@@ -28,7 +29,7 @@ class EmbeddedSubject:
 
     def __init__(self, redis_url: str, target: Path, draft: Path, work: Path) -> None:
         self.target_dir, self.draft_dir = target, draft
-        self._redis_url, self._log = redis_url, work / "engine.log"
+        self._redis_url, self._log, self._cache = redis_url, work / "engine.log", work / "cache"
         self._process: subprocess.Popen[bytes] | None = None
         self._url = ""
 
@@ -37,7 +38,8 @@ class EmbeddedSubject:
         command += ["--model", str(self.target_dir), "--draft", str(self.draft_dir), "--engine-id", self.engine]
         command += ["--dtype", "float32", "--max-batch", "4", "--max-context", str(self.context), "--no-profile"]
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command, stderr=log)
+            environment = {**os.environ, "TIDED_CACHE_DIR": str(self._cache)}
+            self._process = subprocess.Popen(command, stderr=log, env=environment)
         self._url = self._ready(self._process)
 
     def _ready(self, process: subprocess.Popen[bytes]) -> str:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -10,10 +11,12 @@ import numpy.typing as npt
 import redis
 
 from tests.support import eventually
+from tided.draft import bundle
+from tided.draft.identity import version_of
 from tided.model.ids import prompt_group
 from tided.model.records import EngineInfo, Observation, TapTotals
-from tided.wire import keys
-from tided.wire.control import Body, Command, Reply, SetCapture, decode, encode_command
+from tided.wire import fetch, keys
+from tided.wire.control import Body, Command, Deliver, Reply, SetCapture, decode, encode_command
 from tided.wire.samples import SampleHeader, check_payload, decode_header
 
 CREDIT_BYTES = 256 << 20
@@ -83,6 +86,25 @@ class Peer:
         """Send a command and wait for its reply."""
         command = self.send(body, epoch=epoch, expires_in_ms=expires_in_ms)
         return (await eventually(lambda: self.replies(command), PATIENCE_S))[0]
+
+    async def deliver(self, draft: Path) -> Reply:
+        """Send a draft over Redis, answering what the engine asks for, and wait for its reply."""
+        version = version_of(draft)
+        command = self.send(Deliver(version, bundle.size_of(draft)))
+        parts = keys.parts(self.engine, command)
+
+        def check() -> Reply | None:
+            asked = cast("bytes | None", self.client.lpop(keys.fetches(self.engine)))
+            if asked is not None:
+                request = fetch.check(decode(fetch.FetchRequest, asked))
+                assert (request.command, request.version) == (command, version)
+                data = bundle.read(draft, request.offset, request.bytes)
+                for at in range(0, len(data), fetch.PART_BYTES):
+                    self.client.rpush(parts, fetch.part(request.offset + at, data[at : at + fetch.PART_BYTES]))
+                self.client.expire(parts, fetch.TTL_S)
+            return next(iter(self.replies(command)), None)
+
+        return await eventually(check, PATIENCE_S)
 
     async def capture(self, on: bool = True) -> None:
         reply = await self.ask(SetCapture(on, CREDIT_BYTES))

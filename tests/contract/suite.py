@@ -310,6 +310,21 @@ class BackendContract:
         info = await peer.here()
         assert (info.version, info.vocab_id) == (loaded.version, loaded.vocab_id)
 
+    async def test_a_draft_that_is_sent_over_redis_is_served_where_declared(
+        self, subject: Subject, peer: Peer, reference: Reference, tmp_path: Path
+    ) -> None:
+        if Capability.FETCH not in subject.capabilities:
+            pytest.skip("it does not declare fetch")
+        sent = variant(subject.draft_dir, tmp_path / "sent", 11)
+        version = checkpoint.version_of(sent)
+        reply = await peer.deliver(sent)
+        assert reply.ok, reply.error
+        assert reply.data["version"] == (await peer.here()).version == version
+        shutil.rmtree(sent)
+        (prompt,) = make_prompts(reference, 1, 19, "sent over Redis")
+        assert_greedy(reference, prompt, await subject.complete(prompt, 12), subject)
+        await self._swap(peer, subject.draft_dir)
+
     async def test_swaps_under_load_disturb_no_request(
         self, subject: Subject, peer: Peer, reference: Reference, tmp_path: Path
     ) -> None:

@@ -76,7 +76,12 @@ class EngineServer:
         with self.log.open("wb") as file:
             self._process = subprocess.Popen(
                 run.arguments,
-                env={**built.environment, **QUIET, **run.environment},
+                env={
+                    **built.environment,
+                    **QUIET,
+                    **run.environment,
+                    "TIDED_CACHE_DIR": str(self.log.parent / "drafts"),
+                },
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=self.log.parent,
