@@ -9,7 +9,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -139,14 +139,14 @@ class Crowd:
 
     # --- engines ---
 
-    async def engines(self, infos: list[EngineInfo]) -> None:
-        """Run them for ever."""
+    def engines(self, infos: Sequence[EngineInfo]) -> list[Coroutine[Any, Any, None]]:
+        """What they do for ever."""
         engines = [SimulatedEngine(self.redis, info) for info in infos]
-        async with asyncio.TaskGroup() as group:
-            for engine in engines:
-                group.create_task(self._every(HEARTBEAT_S, engine.beat))
-                group.create_task(self._every(REPORT_S, engine.report))
-            group.create_task(self._commands({keys.commands(engine.info.engine): engine for engine in engines}))
+        return [
+            *(self._every(HEARTBEAT_S, engine.beat) for engine in engines),
+            *(self._every(REPORT_S, engine.report) for engine in engines),
+            self._commands({keys.commands(engine.info.engine): engine for engine in engines}),
+        ]
 
     async def _commands(self, engines: dict[str, SimulatedEngine]) -> None:
         while True:
@@ -160,17 +160,17 @@ class Crowd:
 
     # --- workers ---
 
-    async def workers(self, names: list[str], lease_s: float) -> None:
-        """Run them for ever."""
+    async def workers(self, names: Sequence[str], lease_s: float) -> list[Coroutine[Any, Any, None]]:
+        """Register them; what they do for ever."""
         jobs, workers = JobStore(self.redis, lease_s), WorkerStore(self.redis)
-        async with asyncio.TaskGroup() as group:
-            for name in names:
-                kinds = tuple(kind for slot in SLOTS for kind in slot)
-                info = WorkerInfo(name, new_id("worker"), "simulated", kinds, "cpu", 1)
-                await workers.register(info)
-                group.create_task(self._every(workers.ttl_s / WORKER_BEATS, _beating(workers, info)))
-                for slot in SLOTS:
-                    group.create_task(self._slot(jobs, name, slot))
+        doing: list[Coroutine[Any, Any, None]] = []
+        for name in names:
+            kinds = tuple(kind for slot in SLOTS for kind in slot)
+            info = WorkerInfo(name, new_id("worker"), "simulated", kinds, "cpu", 1)
+            await workers.register(info)
+            doing.append(self._every(workers.ttl_s / WORKER_BEATS, _beating(workers, info)))
+            doing += [self._slot(jobs, name, slot) for slot in SLOTS]
+        return doing
 
     async def _slot(self, jobs: JobStore, worker: str, kinds: tuple[JobKind, ...]) -> None:
         await asyncio.sleep(self.rng.random() * POLL_S)
@@ -239,17 +239,31 @@ def _beating(workers: WorkerStore, info: WorkerInfo) -> Any:
 
 
 @asynccontextmanager
-async def running(*work: Coroutine[Any, Any, None]) -> AsyncGenerator[list[asyncio.Task[None]]]:
-    """`work` in the background while the body runs; ended with it. A failure of it is raised at the end."""
+async def running(*work: Coroutine[Any, Any, None]) -> AsyncGenerator[None]:
+    """`work` in the background while the body runs, and ended with it. The first failure ends the body, and is raised."""
+    body = asyncio.current_task()
+    assert body is not None
+    failed, inside = list[BaseException](), True
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            failed.append(exc)
+            if inside and len(failed) == 1:
+                body.cancel()
+
     tasks = [asyncio.create_task(item) for item in work]
+    for task in tasks:
+        task.add_done_callback(ended)
     try:
-        yield tasks
+        yield
+    except asyncio.CancelledError:
+        if not failed:
+            raise
+        body.uncancel()
+        raise failed[0] from None
     finally:
-        failed = [task.exception() for task in tasks if task.done() and not task.cancelled()]
+        inside = False
         while pending := [task for task in tasks if not task.done()]:
             for task in pending:
                 task.cancel()  # again and again: redis-py can swallow a cancellation that meets a reply
             await asyncio.wait(pending, timeout=0.2)
-        for exc in failed:
-            if exc is not None:
-                raise exc

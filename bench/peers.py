@@ -45,6 +45,7 @@ from tided.model.records import Evaluation, Recipe
 from tided.training.data import Run, read_runs
 from tided.training.evaluate import evaluate
 from tided.training.losses import Frozen
+from tided.training.memory import keep_freed
 from tided.training.options import options_for
 from tided.training.vocabulary import adapt
 
@@ -242,6 +243,7 @@ def main() -> None:
     model_dir = model.make(model.DEFAULT)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
+    keep_freed()
     samples = code_samples(model_dir)
     source = checkpoint.load(first_draft(model_dir))
     runs = read_runs([*samples.train, *samples.held_out], source.config.hidden, source.config.vocab)

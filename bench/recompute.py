@@ -30,6 +30,7 @@ from tided.draft.eagle3 import tensor_of
 from tided.draft.tensors import Array, write_file
 from tided.training.data import Run, read_runs
 from tided.training.losses import Frozen
+from tided.training.memory import keep_freed
 from tided.training.vocabulary import adapt
 
 EPOCHS, TURNS = 3, 3
@@ -45,6 +46,7 @@ def main() -> None:
     model_dir = model.make(model.DEFAULT)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
+    keep_freed()
     samples = code_samples(model_dir)
     source = checkpoint.load(first_draft(model_dir))
     runs = read_runs(samples.train, source.config.hidden, source.config.vocab)

@@ -96,7 +96,7 @@ async def _measured(size: Size, config: Config, crowd: Crowd, pids: tuple[int, i
     names = [f"w{number}" for number in range(size.workers)]
     jobs = JobStore(crowd.redis, config.jobs.lease_s)
     rss: list[tuple[float, float]] = []
-    async with running(crowd.engines(infos), crowd.workers(names, config.jobs.lease_s)) as background:
+    async with running(*crowd.engines(infos), *await crowd.workers(names, config.jobs.lease_s)):
         began_s = time.monotonic()
         await control.wait_for(
             lambda status: (
@@ -112,8 +112,6 @@ async def _measured(size: Size, config: Config, crowd: Crowd, pids: tuple[int, i
             first = len(crowd.claims_s)
             for at_s, spec in arrivals(size, random.Random(crowd.seed)):
                 await asyncio.sleep(max(0.0, started_s + at_s - time.monotonic()))
-                if any(task.done() for task in background):
-                    break
                 await crowd.submit(spec, jobs)
             late_s = time.monotonic() - started_s - size.seconds
             await _drained(crowd, size.jobs)

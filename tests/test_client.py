@@ -1,14 +1,24 @@
 """Redis errors become ours, with neither password nor payload in them; the server's version is checked."""
 
+import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from redis import exceptions
 
 from tests.conftest import Valkey
 from tided.model.errors import ConfigError, Refused, TideError, Unavailable
-from tided.store.client import check_server, closing, connect, connect_blocking, redis_time_ms, shown, translated
+from tided.store.client import (
+    CONNECTIONS,
+    check_server,
+    closing,
+    connect,
+    connect_blocking,
+    redis_time_ms,
+    shown,
+    translated,
+)
 
 SECRET = "hunter2"
 
@@ -81,3 +91,13 @@ async def test_no_client_repeats_a_command_by_itself(valkey: Valkey, make: Any) 
         connection = await client.connection_pool.get_connection()
         assert connection.retry.get_retries() == 0
         await client.connection_pool.release(connection)
+
+
+@pytest.mark.real
+async def test_more_may_be_asked_at_once_than_there_are_connections(valkey: Valkey) -> None:
+    async with connect(valkey.url) as redis:
+        asked = [str(number) for number in range(10 * CONNECTIONS)]
+        answers = await asyncio.gather(*[redis.echo(number) for number in asked])
+        connected = cast("dict[str, int]", await redis.info("clients"))["connected_clients"]
+    assert [bytes(cast("bytes", answer)).decode() for answer in answers] == asked
+    assert connected <= CONNECTIONS + 1, "and the fixture's"

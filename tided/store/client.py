@@ -17,6 +17,8 @@ from tided.model.errors import ConfigError, Refused, TideError, Unavailable
 
 CONNECT_TIMEOUT_S = 5.0
 COMMAND_TIMEOUT_S = 10.0
+CONNECTIONS = 32
+"""Of one client at most. What is asked while all are busy waits for one (redis-py's own pool raises at its 101st)."""
 MIN_SERVER = (7, 0)
 _UNIX_PATH_BYTES = 107
 
@@ -26,7 +28,7 @@ def connect(url: str) -> redis.asyncio.Redis:
 
     Raises `ConfigError` for a URL that cannot be right; never shows its password.
     """
-    return _client(url, COMMAND_TIMEOUT_S)
+    return _client(url, COMMAND_TIMEOUT_S, CONNECTIONS)
 
 
 def connect_blocking(url: str, block_s: float) -> redis.asyncio.Redis:
@@ -34,7 +36,7 @@ def connect_blocking(url: str, block_s: float) -> redis.asyncio.Redis:
 
     Close it when a read was cancelled: the reply of the cancelled command may still arrive on its connection.
     """
-    return _client(url, block_s + COMMAND_TIMEOUT_S, socket_read_size=1 << 20, max_connections=1)
+    return _client(url, block_s + COMMAND_TIMEOUT_S, 1, socket_read_size=1 << 20)
 
 
 @asynccontextmanager
@@ -47,20 +49,23 @@ async def closing(client: redis.asyncio.Redis) -> AsyncGenerator[redis.asyncio.R
             await client.aclose()
 
 
-def _client(url: str, timeout_s: float, **options: Any) -> redis.asyncio.Redis:
+def _client(url: str, timeout_s: float, connections: int, **options: Any) -> redis.asyncio.Redis:
     parts = urlsplit(url)
     if parts.scheme not in ("unix", "redis", "rediss"):
         raise ConfigError(f"Redis URL {shown(url)}: expected unix://, redis:// or rediss://")
     if parts.scheme == "unix" and len(parts.path.encode()) > _UNIX_PATH_BYTES:
         raise ConfigError(f"Redis URL {shown(url)}: a unix socket path has at most {_UNIX_PATH_BYTES} bytes")
     try:
-        return redis.asyncio.Redis.from_url(
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
             url,
+            max_connections=connections,
+            timeout=timeout_s,
             socket_timeout=timeout_s,
             socket_connect_timeout=CONNECT_TIMEOUT_S,
             retry=None,
             **options,
         )
+        return redis.asyncio.Redis.from_pool(pool)
     except ValueError as exc:
         raise ConfigError(f"Redis URL {shown(url)} is not valid: {type(exc).__name__}") from None
 

@@ -17,6 +17,7 @@ from tided.draft.target import read_json
 from tided.model.codec import from_plain
 from tided.model.errors import Refused, TideError, Unavailable
 from tided.model.records import JobKind, JobResult, JobSpec
+from tided.training.memory import keep_freed
 from tided.training.progress import Reporter, write_line, write_result
 from tided.training.ranks import Ranks, joined
 from tided.training.reference import make_reference
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory for what the job makes")
     parser.add_argument("--with-parent", action="store_true", help="exit when stdin ends")
     given = parser.parse_args(arguments)
+    keep_freed()
     if given.with_parent:
         threading.Thread(target=_exit_with_stdin, name="parent-watch", daemon=True).start()
     try:

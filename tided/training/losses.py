@@ -125,34 +125,36 @@ def labels_of(pack: Pack, frozen: Frozen, candidates: Candidates) -> Labels:
     return Labels(ids, torch.softmax(logits, -1).to(head.dtype))
 
 
-class _SoftCrossEntropy(Function):
-    """-sum_v p_v log softmax(logits)_v a row; its gradient (softmax - p) is formed at once and kept in BF16."""
+class _CrossEntropy(Function):
+    """-sum_v (p_v + hard [v = id]) log softmax(logits)_v a row, `soft` p [n, C] or None for 0; a row with id -1 adds nothing.
+
+    Its gradient, (1 + hard) softmax - p - hard [v = id], is formed at once and kept in the dtype of the logits.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, soft: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, logits: Tensor, soft: Tensor | None, ids: Tensor, hard: float) -> Tensor:
+        usable, at = (ids >= 0).unsqueeze(-1), ids.clamp(min=0).unsqueeze(-1)
         wide = logits.float()
-        norm = wide.logsumexp(-1)
-        loss = norm - torch.linalg.vecdot(wide, soft.float())
-        grad = (wide - norm.unsqueeze(-1)).exp_().sub_(soft)
-        ctx.save_for_backward(grad.to(logits.dtype))
-        return loss
+        norm = wide.logsumexp(-1, keepdim=True)
+        mass = hard if soft is None else 1.0 + hard
+        loss = mass * norm - hard * wide.gather(-1, at)
+        grad = (wide - norm).exp_().mul_(mass)
+        if soft is not None:
+            loss -= torch.linalg.vecdot(wide, soft.float()).unsqueeze(-1)
+            grad.sub_(soft)
+        if hard:
+            grad.scatter_add_(-1, at, grad.new_full((1, 1), -hard).expand_as(at))
+        ctx.save_for_backward(grad.mul_(usable).to(logits.dtype))
+        return (loss * usable).squeeze(-1)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_outputs[0].unsqueeze(-1).to(grad.dtype), None
+        return grad * grad_outputs[0].unsqueeze(-1).to(grad.dtype), None, None, None
 
 
 def step_loss(logits: Tensor, labels: Labels, rows: Tensor, hard_weight: float) -> Tensor:
     """Summed loss of one pass: logits [n, C] against labels `rows` [n]. Rows without a usable label add nothing."""
-    ids = labels.ids[rows]
-    usable = ids >= 0
-    loss = torch.zeros((), device=logits.device)
-    if labels.soft is not None:
-        per_row = _SoftCrossEntropy.apply(logits, labels.soft[rows])
-        loss = loss + (per_row * usable).sum()
-        if not hard_weight:
-            return loss
-    weight = hard_weight if labels.soft is not None else 1.0
-    hard = torch.nn.functional.cross_entropy(logits.float(), ids, ignore_index=-1, reduction="sum")
-    return loss + weight * hard
+    soft = None if labels.soft is None else labels.soft[rows]
+    hard = hard_weight if labels.soft is not None else 1.0
+    return _CrossEntropy.apply(logits, soft, labels.ids[rows], hard).sum()

@@ -73,7 +73,7 @@ class TrainOptions:
 
 
 RECIPES: dict[Recipe, TrainOptions] = {
-    Recipe.COLD: TrainOptions(learning_rate=2e-3, batch_tokens=64),
+    Recipe.COLD: TrainOptions(learning_rate=2e-3),
     Recipe.DRIFT: TrainOptions(),
     Recipe.REFRESH: TrainOptions(learning_rate=1e-4, matrix_learning_rate=5e-4, passes=1, final_fraction=1.0),
 }
