@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tided.model.errors import Refused
 from tided.model.records import TapTotals
+from tided.wire.checksum import crc32
 from tided.wire.samples import (
     ITEM_BYTES,
     MAX_HEADER_BYTES,
@@ -93,6 +94,11 @@ SAMPLE = SampleHeader(
 def test_what_is_encoded_decodes_to_itself(header: SampleHeader) -> None:
     assert decode_header(encode_header(header)) == header
     check_payload(header, bytes(header.payload_bytes))
+
+
+@given(st.binary(max_size=10_000))
+def test_the_checksum_is_that_of_zlib_whatever_computes_it(data: bytes) -> None:
+    assert crc32(memoryview(data)) == zlib.crc32(data)
 
 
 @given(st.data())

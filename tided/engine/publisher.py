@@ -8,7 +8,6 @@ no credit or no Redis the thread waits, the ring fills, and the tap sheds: the e
 import logging
 import threading
 import time
-import zlib
 
 from redis.exceptions import RedisError
 
@@ -16,6 +15,7 @@ from tided.engine.link import Backoff, connect
 from tided.engine.tap import Slot, Tap
 from tided.model.records import TapTotals
 from tided.wire import keys
+from tided.wire.checksum import crc32
 from tided.wire.samples import SampleHeader, encode_header
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class Publisher:
             ends=tuple(slot.ends) if slot is not None else (),
             totals=self._tap.totals(),
             payload_bytes=payload.nbytes,
-            crc32=zlib.crc32(payload),
+            crc32=crc32(payload),
             at_ms=time.time_ns() // 1_000_000,
         )
 

@@ -5,13 +5,13 @@ One stream entry has two fields: `h`, a msgpack map (below), and `p`, the raw li
 which rows belong to which request and where its first position is. Positions of one request grow; a jump is a gap.
 """
 
-import zlib
 from dataclasses import dataclass
 
 from tided.model.codec import from_plain, to_plain
 from tided.model.errors import Refused
 from tided.model.ids import check_digest, check_name
 from tided.model.records import TapTotals
+from tided.wire.checksum import crc32
 from tided.wire.envelope import seal, unseal
 
 SCHEMA = 1
@@ -93,7 +93,7 @@ def check_payload(header: SampleHeader, payload: bytes | memoryview) -> None:
     view = memoryview(payload)
     if view.nbytes != header.payload_bytes:
         raise Refused(f"sample payload has {view.nbytes} bytes, its header announces {header.payload_bytes}")
-    if zlib.crc32(view) != header.crc32:
+    if crc32(view) != header.crc32:
         raise Refused("sample payload does not match its checksum")
 
 
