@@ -31,7 +31,7 @@ class EmbeddedSubject:
         self.target_dir, self.draft_dir = target, draft
         self._redis_url, self._log, self._cache = redis_url, work / "engine.log", work / "cache"
         self._process: subprocess.Popen[bytes] | None = None
-        self._url = ""
+        self.url = ""
 
     def start(self) -> None:
         command = [sys.executable, "-m", "tided.engine.embedded.server", "--port", "0", "--redis", self._redis_url]
@@ -40,7 +40,7 @@ class EmbeddedSubject:
         with self._log.open("wb") as log:
             environment = {**os.environ, "TIDED_CACHE_DIR": str(self._cache)}
             self._process = subprocess.Popen(command, stderr=log, env=environment)
-        self._url = self._ready(self._process)
+        self.url = self._ready(self._process)
 
     def _ready(self, process: subprocess.Popen[bytes]) -> str:
         deadline = time.monotonic() + BOOT_S
@@ -73,7 +73,7 @@ class EmbeddedSubject:
     ) -> list[int]:
         body = {"prompt": list(prompt), "max_tokens": max_tokens, "temperature": temperature, "ignore_eos": ignore_eos}
         headers = {"x-tide-no-capture": "1"} if private else {}
-        async with httpx.AsyncClient(base_url=self._url, timeout=300) as http:
+        async with httpx.AsyncClient(base_url=self.url, timeout=300) as http:
             answer = await http.post("/v1/completions", json={**body, "return_token_ids": True}, headers=headers)
         assert answer.status_code == 200, answer.text
         return [int(token) for token in answer.json()["choices"][0]["token_ids"]]

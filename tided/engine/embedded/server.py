@@ -42,6 +42,9 @@ T = TypeVar("T")
 
 DRAIN_S = 20.0
 """How long requests in flight may take to finish after SIGTERM."""
+KEEP_ALIVE_S = 75
+"""Connections without a request are kept so long. One that is closed while a request is on its way fails it, and a process that was
+stopped for a moment finds all of them overdue as it goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +210,13 @@ class Engine:
             )
         api = Api(self._scheduler, self._control, Tokens(settings.model), admin=settings.admin)
         self._server = _Server(
-            uvicorn.Config(api.app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(DRAIN_S))
+            uvicorn.Config(
+                api.app,
+                log_level="warning",
+                access_log=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=int(DRAIN_S),
+            )
         )
         self._failed = False
         self._steps = threading.Thread(target=self._step_loop, name="tide-steps", daemon=True)
