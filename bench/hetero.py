@@ -77,7 +77,7 @@ async def serve_with_all(stack: LocalStack, plan: Plan, places: Places, pair: st
         arguments += ["--profile" if calibrates and name == ENGINES[0] else "--no-profile"]
         await stack.start(Service(name, "tided.engine.embedded.server", tuple(arguments), frozenset((core,))))
     profile = await _profile(urls[ENGINES[0]]) if calibrates else None
-    await spin(stack, places, pair, nice=0)
+    await spin(stack, places, pair, nice=os.getpriority(os.PRIO_PROCESS, 0))
     return await unless_ended(stack, _all_serve(stack, plan, urls, part, profile))
 
 

@@ -18,7 +18,7 @@ from bench.dataplane import CREDIT_BYTES, ENGINE, SHARD_AGE_S
 from tided.engine.publisher import Publisher
 from tided.engine.tap import Tap
 from tided.services.assembly import Limits
-from tided.services.collector import CollectorSettings, EngineCollector, Entry
+from tided.services.engine_collector import CollectorSettings, EngineCollector, Entry
 from tided.store.ledger import StoredChunk
 from tided.store.samples import SampleStore
 from tided.wire.samples import decode_header

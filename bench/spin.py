@@ -14,7 +14,7 @@ def main() -> None:
     """Spin. `--nice`: the niceness of what it shares the core with, so that their weights are equal."""
     parser = argparse.ArgumentParser(prog="python -m bench.spin", description=__doc__)
     parser.add_argument("--nice", type=int, default=0)
-    os.nice(parser.parse_args().nice)
+    os.setpriority(os.PRIO_PROCESS, 0, parser.parse_args().nice)
     notify("READY=1")
     while True:
         pass

@@ -19,7 +19,7 @@ from tided.draft import checkpoint
 from tided.draft.eagle3 import Eagle3
 from tided.model.records import Recipe
 from tided.training.data import Run, equal_pieces, pack, read_runs
-from tided.training.loop import pack_loss
+from tided.training.loop import Objective
 from tided.training.losses import CandidateSampler, Frozen
 from tided.training.optimizer import Optimizer
 from tided.training.options import options_for
@@ -47,8 +47,9 @@ def _speed(model_dir: Path, fresh: Sequence[str]) -> list[Claim]:
     computed = real = 0
     for repeat in range(REPEATS):
         draft = Eagle3.of(source)
-        optimizer = Optimizer(draft, options)
         sampler = CandidateSampler(runs, frozen, options.negatives)
+        objective = Objective(draft, frozen, options, sampler.seen)
+        optimizer = Optimizer(objective, options)
         rows = _count_rows(draft)
         tokens, began = 0, 0.0
         for step, pieces in enumerate(equal_pieces(runs, options.batch_tokens, options.pack_rows)):
@@ -57,7 +58,7 @@ def _speed(model_dir: Path, fresh: Sequence[str]) -> list[Claim]:
             if step == WARM_UP + STEPS:
                 break
             packed = pack(pieces)
-            pack_loss(draft, packed, frozen, sampler.draw(step), options).backward()
+            objective(packed, sampler.draw(step)).backward()
             optimizer.step(0.5)
             tokens += packed.tokens
             if not repeat:

@@ -48,6 +48,7 @@ class Plan:
             # A demonstration has minutes, not hours: less is collected, more of it is held out, and a training is short.
             "training": {"min_rows": 6000, "budget_s": 70.0, "cool_down_s": 5.0, "short_window": 24},
             "samples": {"held_out_fraction": 0.35, "shard_age_s": 4.0, "shard_rows": 2048},
+            "gate": {"min_requests": 20, "min_tokens": 1200},
             "speculation": {"probe_every_s": 10.0},
         }
     )

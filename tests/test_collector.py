@@ -19,9 +19,10 @@ from tests.test_agent import FakeEngine
 from tests.test_samples import full_disk
 from tided.model.errors import Unavailable
 from tided.model.status import SampleTotals
-from tided.services import collector
+from tided.services import collector, engine_collector
 from tided.services.assembly import Limits
-from tided.services.collector import Collector, CollectorSettings, EngineCollector
+from tided.services.collector import Collector
+from tided.services.engine_collector import MAX_DELIVERIES, CollectorSettings, EngineCollector
 from tided.store.client import connect, connect_blocking
 from tided.store.ledger import read_ledger
 from tided.store.pressing import press
@@ -54,8 +55,9 @@ async def client(valkey: Valkey) -> AsyncGenerator[redis.asyncio.Redis]:
 
 @pytest.fixture
 def fast_upkeep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collector, "UPKEEP_S", 0.05)
-    monkeypatch.setattr(collector, "BLOCK_S", 0.05)
+    for module in (collector, engine_collector):
+        monkeypatch.setattr(module, "UPKEEP_S", 0.05)
+    monkeypatch.setattr(engine_collector, "BLOCK_S", 0.05)
 
 
 def packed(plain: dict[str, Any]) -> bytes:
@@ -152,7 +154,7 @@ async def test_an_entry_that_kills_its_readers_is_set_aside_after_n_deliveries(
         await client.xgroup_create(STREAM, keys.SAMPLES_GROUP, id="0")
         await client.xreadgroup(keys.SAMPLES_GROUP, "collector", {STREAM: ">"})
         toxic = entries[1][0]
-        await client.xclaim(STREAM, keys.SAMPLES_GROUP, "collector", 0, [toxic], retrycount=collector.MAX_DELIVERIES)
+        await client.xclaim(STREAM, keys.SAMPLES_GROUP, "collector", 0, [toxic], retrycount=MAX_DELIVERIES)
         rows = decode_header(entries[1][1][b"h"]).rows
         async with collecting(valkey.url, tmp_path):
             await settled(client, stored=36 - rows, dead=1, lost=rows)
@@ -179,7 +181,7 @@ async def test_a_cancelled_read_loses_nothing(valkey: Valkey, tmp_path: Path, cl
 async def test_entries_of_a_dead_collector_are_claimed(
     valkey: Valkey, tmp_path: Path, client: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collector, "CLAIM_IDLE_S", 0.0)
+    monkeypatch.setattr(engine_collector, "CLAIM_IDLE_S", 0.0)
     with producing(valkey.url) as producer:
         producer.request("one")
         await sent_entries(client, producer)

@@ -310,7 +310,7 @@ def test_every_number_of_accepted_tokens_rolls_back_cleanly(target_dir: Path, dr
 
 
 def dense_proposal(draft: Eagle3, embed: torch.Tensor, tokens: list[int], aux: torch.Tensor, gamma: int) -> list[int]:
-    """EAGLE-3 without a cache: the whole sequence in each pass, as training.md describes it."""
+    """EAGLE-3 without a cache: the whole sequence in each pass, as tided.draft.eagle3 describes it."""
     ids, features = torch.tensor(tokens[1:]), draft.fuse(aux)
     out: list[int] = []
     for _ in range(gamma):

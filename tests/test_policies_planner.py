@@ -18,7 +18,7 @@ def exactly(speedup: float) -> Speedup:
 
 @pytest.mark.parametrize(("speedup", "paper"), [(1.15, 1.08), (1.30, 1.22)])
 def test_the_papers_cluster(speedup: float, paper: float) -> None:
-    """tide.md: training on 4 MI250 beside 8 H100 gives 1.07-1.08x at s = 1.15 and 1.21-1.22x at 1.30."""
+    """The paper: training on 4 MI250 beside 8 H100 gives 1.07-1.08x at s = 1.15 and 1.21-1.22x at 1.30."""
     found = plan(CLUSTER, exactly(speedup), training_needed=4.0)
     assert found.best.shares == (Share("H100", 8, 0), Share("MI250", 0, 4))
     assert found.best.gain[1] == pytest.approx(8 * 6.76 * speedup / (8 * 6.76 + 4), abs=1e-9)

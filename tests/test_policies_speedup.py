@@ -24,7 +24,7 @@ def test_eq_2_by_hand() -> None:
 
 
 def test_the_papers_trap_alpha_is_not_accepted_over_drafted() -> None:
-    # tide.md: gamma 3, alpha 0.6: E[l] = 2.18, accepted / drafted = 0.39.
+    # The paper: gamma 3, alpha 0.6: E[l] = 2.18, accepted / drafted = 0.39.
     draw = random.Random(0)
     histogram = [0, 0, 0, 0]
     for _ in range(200_000):

@@ -13,7 +13,7 @@ from tided.policies.base import SpeculationDecision, SpeculationObservation, Spe
 from tided.policies.speedup import Acceptance, smoothed, step_s
 from tided.policies.threshold import ThresholdPolicy, ThresholdState
 
-# T(4)/T(1) about 1, T(40)/T(8) about 2.4; the small copy of the paper's regime (engines.md).
+# T(4)/T(1) about 1, T(40)/T(8) about 2.4; the small copy of the paper's regime on this kind of processor.
 PROFILE = LatencyProfile(
     (1, 2, 4, 8, 16, 24, 40), (0.05, 0.05, 0.052, 0.06, 0.09, 0.12, 0.19), (1, 4, 8), (0.005, 0.006, 0.01)
 )

@@ -18,10 +18,11 @@ from tided.draft.eagle3 import Eagle3
 from tided.training.batches import AHEAD, Order, prefetched
 from tided.training.data import Run, equal_pieces, pack, read_shard
 from tided.training.evaluate import evaluate
-from tided.training.loop import Objective, pack_loss
+from tided.training.loop import Objective
 from tided.training.losses import CandidateSampler, Frozen
 from tided.training.optimizer import Optimizer
 from tided.training.options import Precision, TrainOptions, usable
+from tided.training.ranks import Ranks
 from tided.training.ttt import Unroll
 
 OPTIONS = TrainOptions(batch_tokens=8, packs=2, passes=2, precision=Precision.FP32)
@@ -84,14 +85,14 @@ def test_accumulated_packs_are_one_larger_pack(world: World) -> None:
 
     def gradients(options: TrainOptions) -> tuple[float, list[Tensor]]:
         world.draft.zero_grad()
-        objective = Objective(world.draft, world.frozen, options)
+        objective = Objective(world.draft, world.frozen, options, world.sampler.seen)
         (batch,) = Order(runs, [], options).batches(0)
         losses = [objective(one, candidates) * share for one, share in batch.packs]
         assert len(losses) == options.packs
         for loss in losses:
             loss.backward()
         return sum(float(loss.detach()) for loss in losses), [
-            value.grad.clone() for value in world.draft.parameters() if value.grad is not None
+            value.grad.clone() for value in objective.parameters() if value.grad is not None
         ]
 
     lengths = {len(run.queries(0)) for run in runs}
@@ -191,11 +192,12 @@ class NoBF16(TorchDispatchMode):
 def test_devices_without_bf16_compute_without_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
     assert usable(Precision.BF16, "cpu") is Precision.FP32
-    optimizer = Optimizer(world.draft, OPTIONS)
+    objective = Objective(world.draft, world.frozen, OPTIONS, world.sampler.seen)
+    optimizer = Optimizer(objective, OPTIONS)
     with NoBF16():
         batch = next(Order(world.runs, [], OPTIONS).batches(0))
         for one, share in batch.packs:
-            (pack_loss(world.draft, one, world.frozen, world.sampler.draw(), OPTIONS) * share).backward()
+            (objective(one, world.sampler.draw()) * share).backward()
         optimizer.step(0.5)
         evaluate(world.draft, world.runs[:2], world.frozen, 3, autocast=False)
 
@@ -208,15 +210,31 @@ def test_devices_with_bf16_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_weights_gradients_and_optimizer_stay_in_float32(world: World) -> None:
     options = replace(OPTIONS, precision=Precision.BF16)
-    optimizer = Optimizer(world.draft, options)
+    objective = Objective(world.draft, world.frozen, options, world.sampler.seen)
+    optimizer = Optimizer(objective, options)
     one = next(Order(world.runs, [], options).batches(0)).packs[0][0]
     with torch.autocast("cpu", torch.bfloat16):
         assert Unroll(world.draft, one, world.frozen.embedding).pre.dtype == torch.float32
-    pack_loss(world.draft, one, world.frozen, world.sampler.draw(), options).backward()
-    assert {value.dtype for value in world.draft.parameters()} == {torch.float32}
-    assert {value.grad.dtype for value in world.draft.parameters() if value.grad is not None} == {torch.float32}
+    objective(one, world.sampler.draw()).backward()
+    assert {value.dtype for value in objective.parameters()} == {torch.float32}
+    assert {value.grad.dtype for value in objective.parameters() if value.grad is not None} == {torch.float32}
     optimizer.step(0.5)
     assert {value.dtype for value in optimizer.state().values()} == {torch.float32}
+
+
+def test_the_head_s_rows_of_tokens_that_occur_are_trained_and_no_others(world: World) -> None:
+    options, before = replace(OPTIONS, learning_rate=1e-2), world.draft.lm_head.weight.detach().clone()
+    objective = Objective(world.draft, world.frozen, options, world.sampler.seen)
+    optimizer = Optimizer(objective, options)
+    objective(next(Order(world.runs, [], options).batches(0)).packs[0][0], world.sampler.draw()).backward()
+    optimizer.step(0.5)
+    objective.settle(Ranks())
+    changed = (world.draft.lm_head.weight != before).any(-1).nonzero().squeeze(1)
+    assert sorted(changed.tolist()) == sorted(world.sampler.seen.tolist())
+    assert 0 < len(changed) < len(before)
+    world.draft.lm_head.weight.copy_(before)
+    objective.refresh()
+    assert torch.equal(objective.head, before[world.sampler.seen])
 
 
 def test_negatives_are_a_steps_own(world: World) -> None:

@@ -72,7 +72,8 @@ class World:
         packed = pack([Piece(run, run.queries(0)) for run in runs])
         options = TrainOptions(precision=Precision.FP32, unroll_steps=GAMMA)
         for _ in range(60):
-            pack_loss(self.draft, packed, self.frozen, everything, options).backward()
+            head = self.draft.lm_head.weight[everything.ids]
+            pack_loss(self.draft, head, packed, self.frozen, everything, options).backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -45,7 +45,8 @@ class World:
         optimizer = torch.optim.AdamW(self.draft.parameters(), lr=3e-3)
         packed = whole(self.runs[:4])
         for _ in range(25):
-            pack_loss(self.draft, packed, self.frozen, self.everything, options).backward()
+            head = self.draft.lm_head.weight[self.everything.ids]
+            pack_loss(self.draft, head, packed, self.frozen, self.everything, options).backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -156,9 +157,9 @@ def test_packing_changes_no_figure(world: World) -> None:
         world.draft.zero_grad()
         total = sum(len(run.queries(0)) for run in world.runs)
         for packed in whole_packs(world.runs, tokens, skip=0):
-            (
-                pack_loss(world.draft, packed, world.frozen, world.everything, options) * (packed.tokens / total)
-            ).backward()
+            head = world.draft.lm_head.weight[world.everything.ids]
+            loss = pack_loss(world.draft, head, packed, world.frozen, world.everything, options)
+            (loss * (packed.tokens / total)).backward()
         return [parameter.grad.clone() for parameter in world.draft.parameters() if parameter.grad is not None]
 
     one_by_one, all_at_once = gradients(1), gradients(10_000)

@@ -5,7 +5,7 @@ others train. Against all devices serving without adaptation
 
     gain(S) = s sum_S r_i / sum_all r_i
 
-so for a choice of S the break-even speedup is sum_all r_i / sum_S r_i (tide.md: 8 H100 and 4 MI250, s = 1.15 and 1.30: 1.07 and 1.21).
+so for a choice of S the break-even speedup is sum_all r_i / sum_S r_i (TIDE: 8 H100 and 4 MI250, s = 1.15 and 1.30: 1.07 and 1.21).
 The training that the traffic needs bounds S from the other side: sum of the trainers' t_i >= `training_needed`. The paper's rates are
 multiples of its MI250's; any unit will do, and inference and training have one each.
 

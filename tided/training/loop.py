@@ -33,10 +33,14 @@ from tided.training.ttt import Unroll
 Report = Callable[[Progress], None]
 
 
-def pack_loss(draft: Eagle3, pack: Pack, frozen: Frozen, candidates: Candidates, options: TrainOptions) -> Tensor:
-    """The unrolled loss of one pack, a token, weighted by `step_decay`^k over pass k. Weights sum to 1."""
+def pack_loss(
+    draft: Eagle3, head: Tensor, pack: Pack, frozen: Frozen, candidates: Candidates, options: TrainOptions
+) -> Tensor:
+    """The unrolled loss of one pack, a token, weighted by `step_decay`^k over pass k. Weights sum to 1.
+
+    `head` [C, H]: the rows of the draft's head for `candidates`.
+    """
     labels = labels_of(pack, frozen, candidates)
-    head = draft.lm_head.weight[candidates.ids]
     total = torch.zeros((), device=pack.left.device)
     weights = [options.step_decay**k for k in range(options.unroll_steps)]
     with torch.autocast(pack.left.device.type, torch.bfloat16, enabled=options.precision is Precision.BF16):
@@ -54,16 +58,35 @@ def pack_loss(draft: Eagle3, pack: Pack, frozen: Frozen, candidates: Candidates,
 
 
 class Objective(nn.Module):
-    """`pack_loss` as a module's forward: where FSDP gathers the draft's parameters."""
+    """`pack_loss` as a module's forward: where FSDP gathers the draft's parameters.
 
-    def __init__(self, draft: Eagle3, frozen: Frozen, options: TrainOptions) -> None:
+    `head` [seen, H]: the rows of the draft's head that are trained, those of tokens which occur in the samples (`seen`, draft ids). Of the
+    rest, which is most of the head, a step would compute a gradient, clip it and update it to no use: no sample says what it should be.
+    """
+
+    def __init__(self, draft: Eagle3, frozen: Frozen, options: TrainOptions, seen: Tensor) -> None:
         super().__init__()
         self.draft = draft
         self._frozen = frozen
         self._options = options
+        self._seen = seen
+        weight = draft.lm_head.weight.requires_grad_(False)
+        self.head = nn.Parameter(weight[seen], requires_grad=options.train_head)
 
     def forward(self, pack: Pack, candidates: Candidates) -> Tensor:
-        return pack_loss(self.draft, pack, self._frozen, candidates, self._options)
+        drawn = self.draft.lm_head.weight[candidates.ids[len(self._seen) :]]
+        head = torch.cat([self.head, drawn])
+        return pack_loss(self.draft, head, pack, self._frozen, candidates, self._options)
+
+    @torch.no_grad()
+    def settle(self, ranks: Ranks) -> None:
+        """Put the trained rows into the draft's head."""
+        ranks.put_rows(self.draft.lm_head.weight, self._seen, gathered(self.head))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the rows from the draft's head."""
+        self.head.copy_(sharded_as(gathered(self.draft.lm_head.weight)[self._seen], self.head))
 
 
 @dataclass
@@ -94,17 +117,16 @@ class Loop:
     def run(self, budget_s: float) -> None:
         """Train for at most `budget_s` seconds in all attempts, validation included. Raises `Refused` when the loss is not a number."""
         options = self.options
-        self.draft.lm_head.weight.requires_grad_(options.train_head)
-        objective = Objective(self.draft, self.frozen, options)
+        sampler = CandidateSampler([*self.fresh, *self.replay], self.frozen, options.negatives, options.seed)
+        objective = Objective(self.draft, self.frozen, options, sampler.seen)
         self.ranks.shard(objective)
-        optimizer = Optimizer(self.draft, options)
-        kept = self._resumed(optimizer)
+        optimizer = Optimizer(objective, options)
+        kept = self._resumed(objective, optimizer)
         if kept is None:
             self.at.start = self._validate(objective)
             kept = _copy(self.draft)
         order = Order(self.fresh, self.replay, options, self.ranks.rank, self.ranks.count)
         plan = order.planned_tokens()
-        sampler = CandidateSampler([*self.fresh, *self.replay], self.frozen, options.negatives, options.seed)
         began = self.clock() - self.at.elapsed_s
         checked = saved = self.at.elapsed_s
         with closing(prefetched(order.batches(self.at.steps))) as batches:
@@ -116,6 +138,7 @@ class Loop:
                 fraction = max(self.at.tokens / plan, self.at.elapsed_s / budget_s)
                 loss = self._loss(objective, batch, sampler.draw(self.at.steps))
                 optimizer.step(fraction)
+                objective.settle(self.ranks)
                 self._account(batch, loss, self.clock() - now)
                 self._tell(loss, fraction)
                 if self.validation and self.at.elapsed_s - checked >= options.validation_interval_s:
@@ -176,7 +199,7 @@ class Loop:
         if self.ranks.leads:
             resume.save(self.checkpoint, self.job, self.at, tensors)
 
-    def _resumed(self, optimizer: Optimizer) -> dict[str, Tensor] | None:
+    def _resumed(self, objective: Objective, optimizer: Optimizer) -> dict[str, Tensor] | None:
         """Take up the checkpoint, if there is one: returns the best weights so far."""
         found = resume.load(self.checkpoint, self.job)
         if found is None:
@@ -189,6 +212,7 @@ class Loop:
         self.resumed_at = self.at.steps
         self.losses = tensors["losses"].tolist()
         self.draft.load_state_dict(_placed(part("draft."), self.draft))
+        objective.refresh()
         optimizer.restore(part("optimizer."))
         return _placed(part("best."), self.draft) if self.validation else _copy(self.draft)
 

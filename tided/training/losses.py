@@ -85,9 +85,10 @@ class CandidateSampler:
         occurs &= drafts >= 0
         self._size = len(frozen.head)
         self._device = frozen.head.device
-        self._seen = drafts[occurs]
+        self.seen = drafts[occurs].to(self._device)
+        """Draft ids [seen] of all that occur: the first candidates of every step."""
         unseen = torch.ones(self._size, dtype=torch.bool)
-        unseen[self._seen] = False
+        unseen[drafts[occurs]] = False
         self._others = unseen.nonzero().squeeze(1)
         self._negatives = min(negatives, len(self._others))
         self._seed = seed
@@ -96,13 +97,13 @@ class CandidateSampler:
         """The candidates of one step, by its number: the same in every process, and when training goes on from a checkpoint."""
         generator = torch.Generator().manual_seed(random.Random(f"{self._seed} {step}").getrandbits(32))
         drawn = self._others[torch.randperm(len(self._others), generator=generator)[: self._negatives]]
-        ids = torch.cat([self._seen, drawn])
-        index = torch.full((self._size,), -1)
-        index[ids] = torch.arange(len(ids))
-        correction = torch.zeros(len(ids))
+        ids = torch.cat([self.seen, drawn.to(self._device)])
+        index = torch.full((self._size,), -1, device=self._device)
+        index[ids] = torch.arange(len(ids), device=self._device)
+        correction = torch.zeros(len(ids), device=self._device)
         if self._negatives:
-            correction[len(self._seen) :] = math.log(len(self._others) / self._negatives)
-        return Candidates(ids.to(self._device), index.to(self._device), correction.to(self._device))
+            correction[len(self.seen) :] = math.log(len(self._others) / self._negatives)
+        return Candidates(ids, index, correction)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,16 +17,16 @@ _BETAS = (0.9, 0.95)
 
 
 class Optimizer:
-    """AdamW for everything, or Muon for the layer's matrices and AdamW for norms and head. Weight decay is 0.
+    """AdamW for everything, or Muon for the layer's matrices and AdamW for norms and `head`. Weight decay is 0.
 
-    Its state is that of the parameters that it updates, by their names.
+    Its state is that of the parameters that it updates, by their names in `objective`.
     """
 
-    def __init__(self, draft: nn.Module, options: TrainOptions) -> None:
-        trained = {name: value for name, value in draft.named_parameters() if value.requires_grad}
+    def __init__(self, objective: nn.Module, options: TrainOptions) -> None:
+        trained = {name: value for name, value in objective.named_parameters() if value.requires_grad}
         matrices: list[nn.Parameter] = []
         if options.optimizer is OptimizerName.MUON:
-            matrices = [value for name, value in trained.items() if value.ndim == 2 and name != "lm_head.weight"]
+            matrices = [value for name, value in trained.items() if value.ndim == 2 and name != "head"]
         self._matrices = {id(value) for value in matrices}
         rest = [value for value in trained.values() if id(value) not in self._matrices]
         self._options = options

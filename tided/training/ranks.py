@@ -38,6 +38,14 @@ class Ranks:
         if self.mesh is not None:
             fully_shard(module, mesh=self.mesh)
 
+    def put_rows(self, into: Tensor, at: Tensor, rows: Tensor) -> None:
+        """`into[at] = rows`, of which `into` may be sharded: by rows, in chunks of one size, in the processes' order (FSDP2)."""
+        first, part = 0, into
+        if isinstance(into, DTensor):
+            first, part = self.rank * -(-len(into) // self.count), into.to_local()
+        mine = (at >= first) & (at < first + len(part))
+        part[at[mine] - first] = rows[mine]
+
     @contextmanager
     def whole(self, module: nn.Module) -> Generator[None]:
         """Inside, a sharded `module` has its whole parameters, to read. All processes must enter."""
