@@ -99,8 +99,7 @@ class Peer:
                 request = fetch.check(decode(fetch.FetchRequest, asked))
                 assert (request.command, request.version) == (command, version)
                 data = bundle.read(draft, request.offset, request.bytes)
-                for at in range(0, len(data), fetch.PART_BYTES):
-                    self.client.rpush(parts, fetch.part(request.offset + at, data[at : at + fetch.PART_BYTES]))
+                self.client.rpush(parts, *fetch.parts(request.offset, data))
                 self.client.expire(parts, fetch.TTL_S)
             return next(iter(self.replies(command)), None)
 

@@ -79,9 +79,9 @@ class Courier:
         path = await anyio.to_thread.run_sync(self._drafts.path, request.version)
         data = await anyio.to_thread.run_sync(bundle.read, path, request.offset, request.bytes)
         parts = keys.parts(engine, request.command)
-        for at in range(0, len(data), fetch.PART_BYTES):
+        for part in fetch.parts(request.offset, data):
             with translated("draft"):
                 pipeline = redis.pipeline(transaction=True)
-                pipeline.rpush(parts, fetch.part(request.offset + at, data[at : at + fetch.PART_BYTES]))
+                pipeline.rpush(parts, part)
                 pipeline.expire(parts, fetch.TTL_S)
                 await pipeline.execute()

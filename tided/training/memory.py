@@ -10,8 +10,8 @@ _NEVER = (1 << 31) - 1
 def keep_freed() -> None:
     """What this process frees it keeps for its next blocks, for good: its memory stays at its peak. With glibc; elsewhere nothing.
 
-    A step frees and takes again blocks of megabytes (a gradient of the head has 19 MB here), which glibc gives back to the system
-    and asks for anew, page by page: a tenth of a training's CPU time.
+    A step frees and takes again blocks of megabytes, which glibc gives back to the system and asks for anew, page by page: a tenth of
+    a training's CPU time, when that was measured with a gradient for the whole head.
     """
     if sys.platform != "linux":
         return

@@ -5,6 +5,7 @@ each by appending parts, in order, to the list `keys.parts`, which the engine ta
 it belongs. So what Redis holds at any time is what was asked for and not taken yet, and a new leader goes on where the old one ended.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tided.model.errors import Refused
@@ -30,6 +31,12 @@ class FetchRequest:
 def part(offset: int, data: bytes) -> bytes:
     """What goes into the list: where `data` belongs, 8 bytes little-endian, and the data."""
     return offset.to_bytes(_OFFSET_BYTES, "little") + data
+
+
+def parts(offset: int, data: bytes) -> Iterator[bytes]:
+    """All that go into the list for `data`, in order."""
+    for at in range(0, len(data), PART_BYTES):
+        yield part(offset + at, data[at : at + PART_BYTES])
 
 
 def split(received: bytes) -> tuple[int, memoryview]:
