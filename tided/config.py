@@ -295,6 +295,31 @@ class WorkerConfig(_Section):
         return self
 
 
+class LauncherConfig(_Section):
+    """Workers from a scheduler that owns the devices. `kind` empty: none; else a name of the entry points `tided.launchers`.
+
+    `name`: launched workers are NAME-1 to NAME-`max_workers`; one for each tided at a scheduler. `command`: a shell's, how tide-worker is
+    started there, to which flags are added. `cpus` is asked of the scheduler for each, and `devices` if `device` is not "cpu"; with
+    `memory_bytes` (of each, 0: not known) they are what such a worker says that it has. `after_s`: a job that waits so long gets a
+    worker of its own although one that is registered could do it. `idle_s`: a launched worker that finds no job for so long ends.
+    `options` are handed to the scheduler with each submission.
+    """
+
+    kind: str = ""
+    name: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]*$", max_length=32)] = "launched"
+    url: str = "http://127.0.0.1:8265"
+    token: SecretStr = SecretStr("")
+    command: Annotated[str, Field(min_length=1)] = "tide-worker --config /etc/tided/config.toml"
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    device: Annotated[str, Field(pattern="^[a-z]+$", max_length=16)] = "cpu"
+    devices: Annotated[int, Field(ge=1, le=64)] = 1
+    memory_bytes: Annotated[int, Field(ge=0)] = 0
+    max_workers: Annotated[int, Field(ge=1, le=64)] = 1
+    after_s: Annotated[float, Field(ge=0)] = 10.0
+    idle_s: Seconds = 60.0
+    options: dict[str, Any] = {}
+
+
 def _listed(value: Any) -> Any:
     """[target] is one, [[target]] are several."""
     return [value] if isinstance(value, dict | TargetConfig) else value
@@ -316,6 +341,7 @@ class Config(_Section):
     deployment: DeploymentConfig = DeploymentConfig()
     jobs: JobsConfig = JobsConfig()
     worker: WorkerConfig = WorkerConfig()
+    launcher: LauncherConfig = LauncherConfig()
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -397,14 +423,18 @@ def load(path: Path) -> Config:
 
 
 def check_plugins(config: Config, source: str) -> None:
-    """Raise `ConfigError` when `config` names a policy that is not installed here.
+    """Raise `ConfigError` when `config` names a policy or a launcher that is not installed here.
 
     For tided and who checks a file for it: engines and workers read the same file on hosts without its plugins.
     """
-    try:
-        plugins.find(plugins.POLICIES, config.speculation.policy)
-    except Refused as exc:
-        raise ConfigError(f"{source}: speculation.policy: {exc}") from exc
+    named = [("speculation.policy", plugins.POLICIES, config.speculation.policy)]
+    if config.launcher.kind:
+        named.append(("launcher.kind", plugins.LAUNCHERS, config.launcher.kind))
+    for key, group, name in named:
+        try:
+            plugins.find(group, name)
+        except Refused as exc:
+            raise ConfigError(f"{source}: {key}: {exc}") from exc
 
 
 def parse(data: dict[str, Any], source: str) -> Config:

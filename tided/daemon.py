@@ -74,6 +74,7 @@ class Daemon:
             inner.start_soon(_root, "self-test", self._controller.selftest.run)
             inner.start_soon(_root, "controller", self._controller.run)
             inner.start_soon(_root, "exchange", self._context.exchange.run)
+            inner.start_soon(_root, "launching", self._controller.launching.run)
             inner.start_soon(_root, "courier", self._context.courier.run)
             inner.start_soon(_root, "status", self._tell_systemd)
             _log.info("tided-started", pid=os.getpid(), socket=str(config.daemon.socket_path))

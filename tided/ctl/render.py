@@ -44,8 +44,13 @@ def status(snapshot: Status) -> None:
     console.print()
     for worker in snapshot.workers:
         _line(console, "worker", f"{worker.worker}: {words.doing(worker)}")
-    if not snapshot.workers:
+    launcher = snapshot.launcher
+    for launch in launcher.launches if launcher is not None else ():
+        _line(console, "launch", words.launch(launch))
+    if not snapshot.workers and launcher is None:
         _line(console, "worker", "none is connected: nothing can be trained")
+    elif not snapshot.workers and launcher is not None:
+        _line(console, "worker", f"none is connected: one is asked of {launcher.kind} when a job waits")
     for job in snapshot.active_jobs:
         _line(console, "job", f"{job.spec.kind} {job.id}: {words.job_progress(job)}")
     for canary in snapshot.canaries:

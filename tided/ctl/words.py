@@ -15,7 +15,7 @@ from tided.model.records import (
     Verification,
     WorkerInfo,
 )
-from tided.model.status import EngineStatus, SampleTotals, Status, TrainingStatus
+from tided.model.status import EngineStatus, LaunchStatus, SampleTotals, Status, TrainingStatus
 
 
 def duration(seconds: float) -> str:
@@ -153,6 +153,11 @@ def doing(worker: WorkerInfo) -> str:
     """ "idle", "job-1", "job-1, draining", "cordoned"."""
     mark = "draining" if worker.draining else "cordoned" if worker.cordoned else ""
     return ", ".join(part for part in (worker.job, mark) if part) or "idle"
+
+
+def launch(item: LaunchStatus) -> str:
+    """ "launched-1.4: pending: it waits for devices"."""
+    return f"{item.id}: {item.state}" + (f": {item.message}" if item.message else "")
 
 
 def measured(progress: Progress) -> str:

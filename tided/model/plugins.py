@@ -1,4 +1,4 @@
-"""Backends and policies by entry point: tided's own and anybody's, through the same table of a package's metadata.
+"""Backends, policies and launchers by entry point: tided's own and anybody's, through the same table of a package's metadata.
 
 Names are read without importing anything; a plugin is imported when it is asked for. Whatever comes out of one that is not ours is
 turned into one sentence that names it and its package. What is installed is read once: a new package needs a restart.
@@ -16,6 +16,8 @@ BACKENDS = "tided.backends"
 """Kind of engine, as in its heartbeat -> `tided.backends.base.Backend` subclass, or callable (EngineInfo, EngineStore) -> Backend."""
 POLICIES = "tided.policies"
 """Name, as in speculation.policy -> callable (SpeculationConfig) -> `tided.policies.base.SpeculationPolicy`."""
+LAUNCHERS = "tided.launchers"
+"""Name, as in launcher.kind -> callable (LauncherConfig) -> `tided.launchers.base.Launcher`."""
 OWN = "tided"
 
 

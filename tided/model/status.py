@@ -5,6 +5,7 @@ Rates and means are over the monitor's recent window; None where nothing was mea
 
 from dataclasses import dataclass
 
+from tided.model.launch import LaunchState
 from tided.model.records import Canary, Deployment, EngineInfo, Job, PolicySetting, Verification, WorkerInfo
 
 
@@ -130,6 +131,24 @@ class EngineStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class LaunchStatus:
+    """A worker that a scheduler was asked for and that has not ended. `message`: what the scheduler says of it."""
+
+    id: str
+    state: LaunchState
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class LauncherStatus:
+    """`kind` of scheduler; `problem`: why it starts no workers now, or ""."""
+
+    kind: str
+    problem: str
+    launches: tuple[LaunchStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """`problems` is empty when all is well; each entry says what is wrong and what to do."""
 
@@ -147,3 +166,4 @@ class Status:
     problems: tuple[str, ...] = ()
     pools: tuple[PoolStatus, ...] = ()
     canaries: tuple[Canary, ...] = ()  # the newest of each target
+    launcher: LauncherStatus | None = None  # None: there is none, or this tided does not lead

@@ -37,6 +37,7 @@ from tided.services.context import Context
 from tided.services.deployer import Deployer
 from tided.services.dispatcher import Dispatcher
 from tided.services.faults import FaultWatch
+from tided.services.launching import Launching
 from tided.services.monitor import EngineView, Monitor
 from tided.services.pools import Heads, Member, Pool
 from tided.services.scout import Scout
@@ -82,6 +83,7 @@ class Controller:
         self._init_lock = anyio.Lock()
         self._reaped_s = float("-inf")
         self.workforce = Workforce(context)
+        self.launching = Launching(context)
 
     def lock(self, engine: str) -> anyio.Lock:
         """Held while an engine is reconciled, and by whoever else changes its stored state."""

@@ -121,12 +121,20 @@ def _free_bytes(path: Path) -> int:
 
 
 async def _workers(controller: Controller) -> list[Check]:
-    workers = await controller.context.workers.list()
+    context = controller.context
+    workers = await context.workers.list()
+    launcher, kind_of_launcher = controller.launching.status, context.config.launcher.kind
     checks: list[Check] = []
+    if launcher is not None:
+        found = f"{launcher.kind}: {len(launcher.launches)} of at most {context.config.launcher.max_workers} launched"
+        checks.append(_check("launcher", not launcher.problem, launcher.problem or found, "see [launcher]"))
     for kind in (JobKind.TRAIN, JobKind.REFERENCE):
         able = [
             worker.worker for worker in workers if kind in worker.kinds and not worker.draining and not worker.cordoned
         ]
+        if not able and kind_of_launcher:
+            checks.append(Check(f"{kind} jobs", _OK, f"a worker is asked of {kind_of_launcher} when one is due"))
+            continue
         checks.append(
             _check(
                 f"{kind} jobs",

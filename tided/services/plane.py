@@ -77,7 +77,10 @@ class ControlPlane:
         if redis != "connected":
             problems.insert(0, f"{redis}; engines go on serving with what they have")
         problems += context.target_problems.values()
-        if jobs and not workers:
+        launcher = controller.launching.status
+        if launcher is not None and launcher.problem:
+            problems.append(f"launcher: {launcher.problem}")
+        if jobs and not workers and not context.config.launcher.kind:
             problems.append("jobs are waiting and no worker is registered: start a tide-worker")
         return Status(
             name=context.config.daemon.name,
@@ -94,6 +97,7 @@ class ControlPlane:
             problems=tuple(dict.fromkeys(problems)),
             pools=pools,
             canaries=canaries,
+            launcher=launcher,
         )
 
     async def engines(self) -> tuple[EngineStatus, ...]:

@@ -4,10 +4,11 @@ What it has (kind and number of devices, memory, how fast it trained last) goes 
 One slot trains; another scores and makes references, so that a quick question never waits behind a training. Redis away: nothing is
 claimed, running attempts go on while their leases last. SIGTERM: claim nothing more, let attempts finish for `drain_s`, then give
 their jobs back; a second signal gives them back at once. An operator's drain is the same, but that the worker stays, for the day on which
-it is uncordoned.
+it is uncordoned. Where a scheduler owns the devices, a worker is started for so many jobs, and ends after them or when none comes.
 """
 
 import argparse
+import math
 import os
 import shutil
 import signal
@@ -61,10 +62,15 @@ class Agent:
         self._told = Beat.NOTED
         self._drains_since_s: float | None = None
         self._rate = 0.0
+        self._asking = anyio.Lock()
+        self._left = settings.jobs or math.inf
+        self._idle_since_s = time.monotonic()
         self._reachable = False
         self._told_reachable: bool | None = None
         self._running: dict[JobKind, str] = {}
         self.replaced = False
+        self.cut_off = False
+        """It ended because nothing came, and Redis could not be reached."""
 
     async def run(self) -> None:
         await self._sweep()
@@ -105,23 +111,35 @@ class Agent:
         self._give_back.set()
 
     async def _slot(self, kinds: Sequence[JobKind]) -> None:
-        while not self._stop.is_set():
-            claimed_s = boottime_s()
-            claim = await self._claim(kinds) if self._reachable and self._told is Beat.NOTED else None
+        while not self._stop.is_set() and self._left:
+            async with self._asking:  # slots must not both take the last job
+                claimed_s = boottime_s()
+                asks = self._left and self._reachable and self._told is Beat.NOTED
+                claim = await self._claim(kinds) if asks else None
+                if claim is not None:
+                    self._left -= 1
+                    self._running[claim.job.spec.kind] = claim.job.id
+                elif self._has_idled():
+                    self.cut_off = not self._reachable
+                    self.stop()
             if claim is None:
                 with anyio.move_on_after(POLL_S):
                     await self._stop.wait()
                 continue
             kind = claim.job.spec.kind
-            self._running[kind] = claim.job.id
             try:
                 attempt = Attempt(self._jobs, claim, self._settings, self._staging, self._give_back, claimed_s)
                 await attempt.run()
             finally:
                 del self._running[kind]
+                self._idle_since_s = time.monotonic()
             if kind is JobKind.TRAIN:
                 self._rate = attempt.rate or self._rate
             await self._sweep()
+
+    def _has_idled(self) -> bool:
+        idle_s = self._settings.idle_s
+        return idle_s > 0 and not self._running and time.monotonic() - self._idle_since_s >= idle_s
 
     async def _claim(self, kinds: Sequence[JobKind]) -> Claim | None:
         """A job to do, if there is one. A claim whose answer is lost comes back to the queue when its lease ends."""
@@ -244,16 +262,21 @@ def parse_settings(argv: Sequence[str]) -> WorkerSettings:
     parser.add_argument("--cpus", help="cores for the agent and its trainers, comma-separated")
     parser.add_argument("--nice", type=int, help="of the trainers")
     parser.add_argument("--drain-s", type=float, help="after SIGTERM, let attempts go on for so long")
+    parser.add_argument("--jobs", type=int, help="end after so many; 0: never")
+    parser.add_argument("--idle-s", type=float, help="end when there has been no job for so long; 0: never")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     values: dict[str, Any] = {"name": socket.gethostname().lower(), "kinds": "train,score,reference"}
     path = given.pop("config", None)
+    work_dir = Path("build/work")
     if path is not None:
-        values |= _from_config(configuration.load(path))
+        config = configuration.load(path)
+        work_dir = config.daemon.state_dir / "work"
+        values |= _from_config(config)
     values |= given
     if "redis_url" not in values:
         raise ConfigError("tide-worker: give --config FILE, or --redis URL")
     values["targets"] = tuple(values.get("targets", ()))
-    values.setdefault("work_dir", Path("build/work") / values["name"])
+    values.setdefault("work_dir", work_dir / values["name"])
     try:
         values["name"] = check_name(values["name"], "worker")
         values["kinds"] = tuple(JobKind(kind.strip()) for kind in values["kinds"].split(","))
@@ -262,6 +285,8 @@ def parse_settings(argv: Sequence[str]) -> WorkerSettings:
         raise ConfigError(f"tide-worker: {exc}") from exc
     if values.get("threads", 1) < 1 or values.get("drain_s", 0.0) < 0:
         raise ConfigError("tide-worker: --threads must be at least 1 and --drain-s not negative")
+    if values.get("jobs", 0) < 0 or values.get("idle_s", 0.0) < 0:
+        raise ConfigError("tide-worker: --jobs and --idle-s must not be negative")
     if values.get("devices", 1) < 1:
         raise ConfigError("tide-worker: --devices must be at least 1")
     if values.get("devices", 1) > 1 and ":" in values.get("device", "cpu"):
@@ -275,7 +300,6 @@ def _from_config(config: configuration.Config) -> dict[str, Any]:
         "redis_url": config.redis_url,
         "name": worker.name,
         "kinds": ",".join(worker.kinds),
-        "work_dir": config.daemon.state_dir / "work" / worker.name,
         "threads": worker.threads,
         "device": worker.device,
         "devices": worker.devices,
@@ -305,6 +329,8 @@ def main() -> None:
         sys.exit(f"tide-worker: {exc}")
     logs.configure()
     anyio.run(agent.run)
+    if agent.cut_off:
+        sys.exit(f"tide-worker: Redis at {shown(settings.redis_url)} could not be reached")
     if agent.replaced:
         sys.exit(f"tide-worker: another process has registered as {settings.name}; give each worker its own --name")
 

@@ -39,7 +39,8 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 class WorkerSettings:
     """`cpus`: cores for the agent and its trainers (none: all). `nice`: of the trainers. `trainer`: a Python program, before the kind.
 
-    `devices`: a training has a process for each; `memory_bytes`: of each, 0 if not known.
+    `devices`: a training has a process for each; `memory_bytes`: of each, 0 if not known. `jobs`: end after so many, 0: never; `idle_s`: end
+    when there has been none for so long, 0: never.
     `storage_url` empty: this host sees tided's directories under the same path. Else `targets` are where the targets are on this host.
     """
 
@@ -54,6 +55,8 @@ class WorkerSettings:
     cpus: tuple[int, ...] = ()
     nice: int = NICE
     drain_s: float = 20.0
+    jobs: int = 0
+    idle_s: float = 0.0
     lease_s: float = 15.0
     keep_s: float = 7 * 86_400.0
     heartbeat_ttl_s: float = 10.0
