@@ -36,7 +36,7 @@ demo: model ## a real model gets faster while it serves: ten minutes, with a cha
 run: model ## serve your own requests on localhost until Ctrl-C
 	@$(PY) -m tided.local --config config.toml
 
-ENGINES ?= vllm sglang
+ENGINES ?= vllm sglang ray
 
 engines: setup ## build the pinned environments of real engines in a cache outside the checkout (once; see engines/build.py)
 	@$(PY) engines/build.py $(ENGINES)

@@ -65,6 +65,11 @@ ENVIRONMENTS = {
         ),
         proof="import torch, transformers, xgrammar; from importlib.metadata import version; assert version('sglang') == '0.5.23'",
     ),
+    # No engine: the scheduler whose jobs API tests drive. Workers that it starts in tests run in the environment of the tests.
+    "ray": Environment(
+        installs=(("--no-deps", "-r", "ray.txt"),),
+        proof="import ray, ray.dashboard.modules.job.job_head",
+    ),
     # No engine: the public trainer that bench/peers.py measures ours against. Its own requirements would bring torchvision and torchaudio.
     "speculators": Environment(
         installs=(

@@ -5,6 +5,7 @@ sets CUDA_VISIBLE_DEVICES there, and keeps what became of it until that is delet
 """
 
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 import httpx
@@ -22,6 +23,7 @@ _STATES = {
     "SUCCEEDED": LaunchState.SUCCEEDED,
     "FAILED": LaunchState.FAILED,
 }
+_AWAY = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 _MESSAGE_CHARS = 300
 
 
@@ -69,7 +71,7 @@ class RayLauncher:
         await self._client.aclose()
 
     def _check(self, what: str, answer: httpx.Response) -> None:
-        if answer.is_error and answer.status_code != httpx.codes.NOT_FOUND:
+        if answer.is_error and answer.status_code != HTTPStatus.NOT_FOUND:
             raise self._refusal(what, answer)
 
     async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
@@ -78,9 +80,9 @@ class RayLauncher:
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
             why = str(exc) or type(exc).__name__
             raise Unavailable(f"Ray at {self._config.url} cannot be reached: {why}") from exc
-        if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        if answer.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             raise Refused(f"Ray at {self._config.url} lets nobody in without its token: set launcher.token")
-        if answer.status_code in (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT):
+        if answer.status_code in _AWAY:
             raise Unavailable(f"Ray at {self._config.url} answers {answer.status_code}")
         return answer
 

@@ -8,7 +8,7 @@ import anyio
 from tided.config import LauncherConfig
 from tided.launchers.base import Launcher
 from tided.model import plugins
-from tided.model.errors import InvariantBroken, Refused, TideError, Unavailable
+from tided.model.errors import InvariantBroken, TideError, Unavailable
 from tided.model.launch import Launch
 from tided.model.plugins import Plugin
 

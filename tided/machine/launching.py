@@ -9,8 +9,7 @@ to remember. A worker's directory, registration and cordon are those of its slot
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 
 from tided.machine.job import backoff_ms
 from tided.machine.placement import Capacity, Offer, Waiting, fits
@@ -36,7 +35,7 @@ class Seen:
     now_ms: int
     waiting: tuple[Waiting, ...] = ()
     workers: tuple[WorkerInfo, ...] = ()
-    launches: Mapping[str, Launch] = MappingProxyType({})
+    launches: Mapping[str, Launch] = field(default_factory=dict[str, Launch])
     cordoned: frozenset[str] = frozenset()
 
 

@@ -67,7 +67,9 @@ async def check(
     if why or draft is None:
         return Check(NAME, CheckOutcome.SKIPPED, why)
     workers = await context.workers.list()
-    if not context.config.launcher.kind and not any(JobKind.SCORE in worker.kinds and not worker.draining for worker in workers):
+    if not context.config.launcher.kind and not any(
+        JobKind.SCORE in worker.kinds and not worker.draining for worker in workers
+    ):
         return Check(NAME, CheckOutcome.SKIPPED, "no worker takes score jobs, so the draft cannot be scored offline")
     try:
         chains = await _scored(context, info, draft, previous, drafted, timeout_s)

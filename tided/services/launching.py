@@ -1,7 +1,8 @@
 """Workers from a scheduler that owns the devices: `tided.machine.launching` with its IO.
 
 The leader looks at what waits, who is registered and what the scheduler runs, and closes the gap. It is a task of its own: a scheduler
-that is away, slow or wrong keeps nothing else from going on, and ordinary workers take jobs as ever. Without a `launcher.kind` it does nothing.
+that is away, slow or wrong keeps nothing else from going on, and ordinary workers take jobs as ever. Without a `launcher.kind` it does
+nothing.
 """
 
 import shlex

@@ -111,10 +111,10 @@ class Agent:
         self._give_back.set()
 
     async def _slot(self, kinds: Sequence[JobKind]) -> None:
-        while not self._stop.is_set() and self._left:
+        while not self._stop.is_set() and self._left > 0:
             async with self._asking:  # slots must not both take the last job
                 claimed_s = boottime_s()
-                asks = self._left and self._reachable and self._told is Beat.NOTED
+                asks = self._left > 0 and self._reachable and self._told is Beat.NOTED
                 claim = await self._claim(kinds) if asks else None
                 if claim is not None:
                     self._left -= 1

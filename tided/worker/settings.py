@@ -39,8 +39,8 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 class WorkerSettings:
     """`cpus`: cores for the agent and its trainers (none: all). `nice`: of the trainers. `trainer`: a Python program, before the kind.
 
-    `devices`: a training has a process for each; `memory_bytes`: of each, 0 if not known. `jobs`: end after so many, 0: never; `idle_s`: end
-    when there has been none for so long, 0: never.
+    `devices`: a training has a process for each; `memory_bytes`: of each, 0 if not known. `jobs`: end after so many, `idle_s`: when
+    there has been none for so long; 0: never.
     `storage_url` empty: this host sees tided's directories under the same path. Else `targets` are where the targets are on this host.
     """
 
