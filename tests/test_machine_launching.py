@@ -104,6 +104,18 @@ def test_what_nothing_waits_for_is_withdrawn_unless_it_has_begun() -> None:
     assert acts(seen([job()], {"ray-1.3": PENDING}, worker())) == ()
 
 
+def test_what_is_withdrawn_is_cancelled_once_and_counts_no_more() -> None:
+    """Ray leaves it pending until it would begin."""
+    state, actions = step(Launches(), seen([], {"ray-1.3": PENDING}), RULES)
+    assert actions == (Cancel("ray-1.3"),)
+    state, actions = step(state, seen([], {"ray-1.3": PENDING}), RULES)
+    assert actions == ()
+    state, actions = step(state, seen([job()], {"ray-1.3": PENDING}), RULES)
+    assert actions == (Submit("ray-2.1", "ray-2"),)
+    state, _ = step(state, seen([job()], {"ray-1.3": Launch(LaunchState.STOPPED), "ray-2.1": PENDING}), RULES)
+    assert state == Launches(judged=frozenset({"ray-1.3"}))
+
+
 def test_a_cordoned_slot_is_left_out() -> None:
     cordoned = replace(seen([job()]), cordoned=frozenset({"ray-1"}))
     assert acts(cordoned) == (Submit("ray-2.1", "ray-2"),)
@@ -163,6 +175,8 @@ class World:
         self.jobs: dict[str, Waiting] = {}
         self.held: dict[str, str] = {}
         self.submitted: list[str] = []
+        self.doomed: set[str] = set()
+        self.stubborn = False
         self.now_ms = NOW
 
     def seen(self) -> Seen:
@@ -175,6 +189,8 @@ class World:
                 case Submit(key, _) if key not in self.launches:
                     self.launches[key] = PENDING
                     self.submitted.append(key)
+                case Cancel(key) if self.stubborn and self.launches[key] is PENDING:
+                    self.doomed.add(key)
                 case Cancel(key):
                     self.end(key, LaunchState.STOPPED)
                 case Forget(key):
@@ -194,9 +210,12 @@ EVENTS = st.lists(
 )
 
 
-@given(events=EVENTS)
-def test_whatever_happens_launches_are_bounded_unique_and_follow_the_need(events: list[tuple[str, int]]) -> None:
+@given(events=EVENTS, stubborn=st.booleans())
+def test_whatever_happens_launches_are_bounded_unique_and_follow_the_need(
+    events: list[tuple[str, int]], stubborn: bool
+) -> None:
     world, state = World(), Launches()
+    world.stubborn = stubborn
     for kind, number in events:
         live = sorted(key for key, launch in world.launches.items() if launch.state.live)
         chosen = live[number % len(live)] if live else ""
@@ -207,6 +226,8 @@ def test_whatever_happens_launches_are_bounded_unique_and_follow_the_need(events
             world.jobs.pop(f"job-{number}", None)
         elif kind == "time":
             world.now_ms += 10 ** (number + 1)
+        elif chosen in world.doomed and kind == "run":
+            world.end(chosen, LaunchState.STOPPED)
         elif chosen and kind == "run":
             world.launches[chosen] = RUNNING
         elif chosen and kind == "claim" and world.launches[chosen] is RUNNING and world.jobs and slot not in world.held:
@@ -225,7 +246,7 @@ def test_whatever_happens_launches_are_bounded_unique_and_follow_the_need(events
         assert len({key.rpartition(".")[0] for key in now_live}) == len(now_live)
         assert len(world.submitted) == len(set(world.submitted))
         assert len(world.launches) <= 2 * RULES.most
-        pending = sum(world.launches[key].state is LaunchState.PENDING for key in now_live)
+        pending = sum(world.launches[key] is PENDING and key not in world.doomed for key in now_live)
         assert pending <= len(world.jobs)
     # When the scheduler is kind from now on, whatever waits is done.
     for _ in range(20):
@@ -233,7 +254,8 @@ def test_whatever_happens_launches_are_bounded_unique_and_follow_the_need(events
         state, actions = step(state, world.seen(), RULES)
         world.do(actions)
         for key in [key for key, launch in world.launches.items() if launch.state.live]:
-            world.jobs and world.jobs.pop(min(world.jobs))  # pyright: ignore
+            if world.jobs and key not in world.doomed:
+                world.jobs.pop(min(world.jobs))
             world.end(key, LaunchState.SUCCEEDED)
     assert not world.jobs
     assert [key for key, launch in world.launches.items() if launch.state.live] == []

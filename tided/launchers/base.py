@@ -10,7 +10,7 @@ from tided.model.launch import Launch
 
 
 class Launcher(Protocol):
-    """Asked by the leader every two seconds, away from everything else: a call may take seconds, and is ended after ten.
+    """Asked by the leader every two seconds, away from everything else: a call may take seconds, and is ended after a minute.
 
     All methods raise `Unavailable` while the scheduler cannot be reached (asked again), `Refused` when it will not (asked again after a
     pause that grows). Of a call whose answer was lost nothing is known: `states` says it the next time.
@@ -25,7 +25,7 @@ class Launcher(Protocol):
         ...
 
     async def cancel(self, launch_id: str) -> None:
-        """End it, above all if it has not begun. One that is over, or unknown, is no error."""
+        """It shall not begin. It may stay pending until it would. One that is over, or unknown, is no error. Asked at least once."""
         ...
 
     async def forget(self, launch_id: str) -> None:

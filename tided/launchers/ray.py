@@ -15,6 +15,8 @@ from tided.model.errors import Refused, Unavailable
 from tided.model.launch import Launch, LaunchState
 
 TIMEOUT_S = 8.0
+SUBMIT_S = 60.0
+"""Ray may leave a submission pending for ever when its client hangs up."""
 _JOBS = "/api/jobs/"
 _STATES = {
     "PENDING": LaunchState.PENDING,
@@ -37,7 +39,7 @@ class RayLauncher:
         headers = {"authorization": f"Bearer {token}"} if token else {}
         try:
             self._client = httpx.AsyncClient(
-                base_url=config.url, headers=headers, timeout=TIMEOUT_S, trust_env=False, transport=transport
+                base_url=config.url, headers=headers, trust_env=False, transport=transport
             )
         except httpx.InvalidURL as exc:
             raise Refused(f"launcher.url {config.url!r}: {exc}") from exc
@@ -57,11 +59,12 @@ class RayLauncher:
             body["entrypoint_num_gpus"] = config.devices
         body |= config.options
         body |= {"entrypoint": command, "submission_id": launch_id}
-        answer = await self._ask("POST", _JOBS, body)
+        answer = await self._ask("POST", _JOBS, body, SUBMIT_S)
         if answer.is_error and "already exists" not in answer.text:
             raise self._refusal("submit", answer)
 
     async def cancel(self, launch_id: str) -> None:
+        """A submission that has not begun stays pending, and is stopped as soon as it begins."""
         self._check("stop", await self._ask("POST", f"{_JOBS}{launch_id}/stop"))
 
     async def forget(self, launch_id: str) -> None:
@@ -74,9 +77,11 @@ class RayLauncher:
         if answer.is_error and answer.status_code != HTTPStatus.NOT_FOUND:
             raise self._refusal(what, answer)
 
-    async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
+    async def _ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = TIMEOUT_S
+    ) -> httpx.Response:
         try:
-            answer = await self._client.request(method, path, json=body)
+            answer = await self._client.request(method, path, json=body, timeout=timeout_s)
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
             why = str(exc) or type(exc).__name__
             raise Unavailable(f"Ray at {self._config.url} cannot be reached: {why}") from exc

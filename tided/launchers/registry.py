@@ -12,7 +12,7 @@ from tided.model.errors import InvariantBroken, TideError, Unavailable
 from tided.model.launch import Launch
 from tided.model.plugins import Plugin
 
-ASK_S = 10.0
+ASK_S = 60.0
 
 
 def launcher_for(config: LauncherConfig) -> Launcher:

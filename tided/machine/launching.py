@@ -41,10 +41,12 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Launches:
-    """What a leader keeps in mind. `judged`: launches whose end it has taken note of; `failures` in a row, the newest at `failed_ms` for
-    `reason`. A new leader begins without, and waits once more after a failure."""
+    """What a leader keeps in mind. `judged`: launches whose end it has taken note of; `withdrawn`: those that it has cancelled and that live
+    (Ray ends one only when it would begin); `failures` in a row, the newest at `failed_ms` for `reason`. A new leader begins without: it
+    waits once more after a failure, and cancels once more."""
 
     judged: frozenset[str] = frozenset()
+    withdrawn: frozenset[str] = frozenset()
     failures: int = 0
     failed_ms: int = 0
     reason: str = ""
@@ -103,20 +105,36 @@ def own(name: str, launches: Mapping[str, Launch]) -> dict[int, dict[int, Launch
     return found
 
 
+def live(name: str, launches: Mapping[str, Launch]) -> dict[str, Launch]:
+    """Those of this name that have not ended, by id."""
+    return {
+        launch_id(name, slot, number): launch
+        for slot, numbers in sorted(own(name, launches).items())
+        for number, launch in sorted(numbers.items())
+        if launch.state.live
+    }
+
+
 def step(before: Launches, seen: Seen, rules: Rules) -> tuple[Launches, tuple[LaunchAction, ...]]:
     slots = own(rules.name, seen.launches)
     after, told = _judged(before, slots, seen.now_ms, rules.name)
-    live = {slot: max(numbers) for slot, numbers in slots.items() if numbers[max(numbers)].state.live}
-    free = {slot: number for slot, number in live.items() if _is_free(slot, slots[slot][number], seen, rules)}
+    living = {slot: max(numbers) for slot, numbers in slots.items() if numbers[max(numbers)].state.live}
+    ids = {slot: launch_id(rules.name, slot, number) for slot, number in living.items()}
+    free = [
+        slot
+        for slot, number in sorted(living.items())
+        if ids[slot] not in before.withdrawn and _is_free(slot, slots[slot][number], seen, rules)
+    ]
     due = [job for job in seen.waiting if job.due_ms <= seen.now_ms and fits(job.kind, job.needs, rules.offer)]
     wanted = [job for job in due if _is_wanted(job, seen, rules)]
     actions: list[LaunchAction] = list(told)
-    pending = [slot for slot in sorted(free, reverse=True) if slots[slot][free[slot]].state is LaunchState.PENDING]
-    surplus = max(0, len(free) - len(due))
-    actions += [Cancel(launch_id(rules.name, slot, free[slot])) for slot in pending[:surplus]]
+    pending = [ids[slot] for slot in reversed(free) if slots[slot][living[slot]].state is LaunchState.PENDING]
+    surplus = pending[: max(0, len(free) - len(due))]
+    actions += [Cancel(key) for key in surplus]
+    after = replace(after, withdrawn=before.withdrawn.intersection(ids.values()).union(surplus))
     if not _rests(after, seen.now_ms):
         missing = max(0, len(wanted) - len(free))
-        actions += [_submission(slot, slots, rules) for slot in _open(live, seen, rules)[:missing]]
+        actions += [_submission(slot, slots, rules) for slot in _open(living, seen, rules)[:missing]]
     for slot, numbers in sorted(slots.items()):
         kept = max(numbers)
         ended = sorted(number for number, launch in numbers.items() if not launch.state.live and number != kept)

@@ -125,12 +125,9 @@ class Launching:
 
     def _note(self, problem: str, launches: dict[str, Launch] | None) -> None:
         """`launches` None: not known now; what was seen last is not shown as if it were."""
-        known = machine.own(self._rules.name, launches or {})
         shown = tuple(
-            LaunchStatus(machine.launch_id(self._rules.name, slot, number), launch.state, launch.message)
-            for slot, numbers in sorted(known.items())
-            for number, launch in numbers.items()
-            if launch.state.live
+            LaunchStatus(key, launch.state, "withdrawn" if key in self._state.withdrawn else launch.message)
+            for key, launch in machine.live(self._rules.name, launches or {}).items()
         )
         if problem and (self.status is None or self.status.problem != problem):
             _log.warning("launcher-problem", why=problem)
