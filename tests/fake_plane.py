@@ -33,6 +33,7 @@ from tided.model.status import (
     DomainStatus,
     EngineStatus,
     Explanation,
+    LauncherStatus,
     PoolStatus,
     SampleTotals,
     SpeculationStatus,
@@ -143,6 +144,7 @@ class FakePlane:
         self.workers_now: tuple[WorkerInfo, ...] = (WORKER,)
         self.engines_now: tuple[EngineStatus, ...] = (ENGINE,)
         self.problems: tuple[str, ...] = ()
+        self.launcher: LauncherStatus | None = None
         self.looked = 0
         self.checks_now = [Check("layer ids", CheckOutcome.OK, "layers 2, 15, 27 and the last one")]
 
@@ -169,6 +171,7 @@ class FakePlane:
             drafts=2,
             problems=self.problems,
             pools=(POOL,),
+            launcher=self.launcher,
         )
 
     async def engines(self) -> tuple[EngineStatus, ...]:

@@ -18,7 +18,9 @@ from tided.config import Config
 from tided.ctl.locate import LOCAL_SOCKET, SYSTEM_SOCKET, socket_path
 from tided.ctl.main import app, exit_code
 from tided.model.errors import ConfigError, TideError
+from tided.model.launch import LaunchState
 from tided.model.records import SpeculationMode
+from tided.model.status import LaunchStatus, LauncherStatus
 
 ACTOR = f"uid:{os.getuid()}"
 QUERIES = {
@@ -99,6 +101,10 @@ async def test_status_says_what_and_why() -> None:
         out = (await tidectl_at(api.socket, "status")).out
         assert "no engine is connected" in out
         assert "nothing can be trained" in out
+        api.plane.launcher = LauncherStatus("ray", "", (LaunchStatus("launched-1.4", LaunchState.PENDING, "no GPU"),))
+        out = (await tidectl_at(api.socket, "status")).out
+        assert "launched-1.4: pending: no GPU" in out
+        assert "one is asked of ray when a job waits" in out
 
 
 async def test_policy_explain_shows_the_figures() -> None:

@@ -4,7 +4,9 @@ import pytest
 
 from tests.fake_plane import ENGINE, EVALUATION, JOB, WORKER, FakePlane
 from tided.ctl import words
+from tided.model.launch import LaunchState
 from tided.model.records import JobResult, JobState, Needs, PolicySetting, Progress, SpeculationMode
+from tided.model.status import LaunchStatus
 
 
 @pytest.mark.parametrize(
@@ -120,3 +122,8 @@ def test_what_a_worker_does_and_what_a_job_needs() -> None:
     assert words.needs(Needs()) == ""
     assert words.needs(Needs("cuda")) == "cuda"
     assert words.needs(Needs("", 2, 1 << 30)) == "2 x any device, 1.0 GiB each"
+
+
+def test_a_launch_with_and_without_a_reason() -> None:
+    assert words.launch(LaunchStatus("launched-1.4", LaunchState.RUNNING, "")) == "launched-1.4: running"
+    assert words.launch(LaunchStatus("launched-1.4", LaunchState.PENDING, "no GPU")) == "launched-1.4: pending: no GPU"

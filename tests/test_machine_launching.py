@@ -30,10 +30,11 @@ from tided.model.records import JobKind, Needs, WorkerInfo
 
 RULES = Rules("ray", 2, 10_000, Offer(tuple(JobKind), Capacity("cuda", 2, 80)))
 NOW = 1_000_000
+PLAIN, NOTHING = Needs(), Launches()
 PENDING, RUNNING = Launch(LaunchState.PENDING), Launch(LaunchState.RUNNING)
 
 
-def job(name: str = "a", due_ms: int = NOW, needs: Needs = Needs(), kind: JobKind = JobKind.TRAIN) -> Waiting:
+def job(name: str = "a", due_ms: int = NOW, needs: Needs = PLAIN, kind: JobKind = JobKind.TRAIN) -> Waiting:
     return Waiting(name, kind, needs, 0, due_ms)
 
 
@@ -42,12 +43,15 @@ def worker(name: str = "host", busy: str = "", **fields: object) -> WorkerInfo:
 
 
 def seen(
-    waiting: Sequence[Waiting] = (), launches: Mapping[str, Launch] | None = None, *workers: WorkerInfo, now_ms: int = NOW
+    waiting: Sequence[Waiting] = (),
+    launches: Mapping[str, Launch] | None = None,
+    *workers: WorkerInfo,
+    now_ms: int = NOW,
 ) -> Seen:
     return Seen(now_ms, tuple(waiting), workers, launches or {})
 
 
-def acts(at: Seen, before: Launches = Launches(), rules: Rules = RULES) -> tuple[LaunchAction, ...]:
+def acts(at: Seen, before: Launches = NOTHING, rules: Rules = RULES) -> tuple[LaunchAction, ...]:
     return step(before, at, rules)[1]
 
 
@@ -155,7 +159,10 @@ def test_a_failure_is_told_once_and_followed_by_a_pause_that_grows() -> None:
 def test_ends_are_judged_in_their_order() -> None:
     failed, succeeded = Launch(LaunchState.FAILED, "x", 5), Launch(LaunchState.SUCCEEDED, "", 7)
     assert step(Launches(), seen([], {"ray-1.1": succeeded, "ray-2.1": failed}), RULES)[0].failures == 0
-    assert step(Launches(), seen([], {"ray-1.1": replace(failed, ended_ms=9), "ray-2.1": succeeded}), RULES)[0].failures == 1
+    assert (
+        step(Launches(), seen([], {"ray-1.1": replace(failed, ended_ms=9), "ray-2.1": succeeded}), RULES)[0].failures
+        == 1
+    )
 
 
 def test_a_refusal_counts_as_a_failure() -> None:
@@ -205,7 +212,9 @@ class World:
 
 
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["job", "gone", "run", "claim", "succeed", "fail", "time", "two leaders"]), st.integers(0, 5)),
+    st.tuples(
+        st.sampled_from(["job", "gone", "run", "claim", "succeed", "fail", "time", "two leaders"]), st.integers(0, 5)
+    ),
     max_size=60,
 )
 

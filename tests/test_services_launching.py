@@ -34,9 +34,9 @@ class Scene:
     async def look(self) -> None:
         await self.launching.look()
 
-    async def submit(self, kind: JobKind = JobKind.TRAIN, needs: Needs = Needs()) -> str:
+    async def submit(self, kind: JobKind = JobKind.TRAIN, device: str = "") -> str:
         context = self.control.context
-        spec = JobSpec(kind, "e", "0" * 64, "/target", needs=needs)
+        spec = JobSpec(kind, "e", "0" * 64, "/target", needs=Needs(device))
         return (await context.jobs.submit(spec, context.leadership.require())).id
 
     async def worker(self, name: str) -> WorkerInfo:
@@ -52,7 +52,9 @@ class Scene:
 async def scene(valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
     scheduler = LauncherDouble()
     monkeypatch.setattr(launching, "launcher_for", lambda _: scheduler)
-    config = settings(tmp_path, make_target(tmp_path / "tiny"), launcher={"kind": "ray", "max_workers": 2, "name": "gpu"})
+    config = settings(
+        tmp_path, make_target(tmp_path / "tiny"), launcher={"kind": "ray", "max_workers": 2, "name": "gpu"}
+    )
     async with AsyncExitStack() as stack:
         yield Scene(await stack.enter_async_context(leading(valkey, config)), scheduler)
 
@@ -122,7 +124,7 @@ async def test_a_refusal_says_why(scene: Scene) -> None:
 
 
 async def test_a_job_that_needs_more_than_a_launched_worker_has_is_named(scene: Scene) -> None:
-    job = await scene.submit(needs=Needs("cuda"))
+    job = await scene.submit(device="cuda")
     await scene.look()
     assert scene.scheduler.launches == {}
     [problem] = await scene.problems()

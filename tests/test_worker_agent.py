@@ -33,12 +33,13 @@ from pathlib import Path
 from tided.model.records import JobKind
 from tided.worker.agent import Agent
 from tided.worker.settings import WorkerSettings
-url, name, work, fake, drain_s, lease_s, silence_s = sys.argv[1:]
+url, name, work, fake, drain_s, lease_s, silence_s, jobs, idle_s = sys.argv[1:]
 agent = Agent(WorkerSettings(
     redis_url=url, name=name, kinds=tuple(JobKind), work_dir=Path(work), drain_s=float(drain_s), lease_s=float(lease_s),
-    keep_s=600.0, heartbeat_ttl_s=4.0, silence_s=float(silence_s), threads=3, nice=4, trainer=(sys.executable, fake)))
+    keep_s=600.0, heartbeat_ttl_s=4.0, silence_s=float(silence_s), threads=3, nice=4, trainer=(sys.executable, fake),
+    jobs=int(jobs), idle_s=float(idle_s)))
 anyio.run(agent.run)
-sys.exit(5 if agent.replaced else 0)
+sys.exit(6 if agent.cut_off else 5 if agent.replaced else 0)
 """
 
 Start = Callable[..., subprocess.Popen[bytes]]
@@ -89,10 +90,20 @@ def start(valkey: Valkey, tmp_path: Path) -> Iterator[Start]:
         silence_s: float = 60.0,
         url: str = "",
         failpoint: str = "",
+        ends: tuple[int, float] = (0, 0.0),
     ) -> subprocess.Popen[bytes]:
         work = tmp_path / name
         work.mkdir(exist_ok=True)
-        arguments = [url or valkey.url, name, work, ROOT / "tests" / "fake_trainer.py", drain_s, lease_s, silence_s]
+        arguments = [
+            url or valkey.url,
+            name,
+            work,
+            ROOT / "tests" / "fake_trainer.py",
+            drain_s,
+            lease_s,
+            silence_s,
+            *ends,
+        ]
         with (tmp_path / f"{name}.log").open("ab") as log:
             environment = {**os.environ, "TIDED_SECRET": "canary", "TIDED_FAILPOINT": failpoint}
             command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
@@ -331,6 +342,38 @@ async def test_a_silent_trainer_is_ended(start: Start, jobs: JobStore) -> None:
     start(silence_s=1.0)
     job = await jobs.submit(job_of(act="hang"), epoch=1, max_attempts=1)
     assert "said nothing for 1 s" in (await until(jobs, job.id, JobState.FAILED)).error
+
+
+async def test_one_that_is_started_for_a_job_does_one_of_any_kind_and_ends(
+    start: Start, jobs: JobStore, tmp_path: Path, valkey: Valkey
+) -> None:
+    """A training and a score wait, and it has a slot for each: it takes one, and lets it take its time."""
+    gate = tmp_path / "gate"
+    both = [
+        await jobs.submit(job_of(kind, act="wait", gate=str(gate)), epoch=1) for kind in (JobKind.TRAIN, JobKind.SCORE)
+    ]
+    worker = start(drain_s=0, ends=(1, 0.5))
+
+    async def states() -> list[JobState]:
+        found = [await jobs.get(job.id) for job in both]
+        return sorted(job.state for job in found if job is not None)
+
+    async def one_runs() -> bool:
+        return await states() == [JobState.QUEUED, JobState.RUNNING] and bool(list(tmp_path.glob("w1/*/attempt-1/pid")))
+
+    await eventually(one_runs)
+    with pytest.raises(subprocess.TimeoutExpired):  # longer than it would idle
+        worker.wait(1.5)
+    gate.touch()
+    await eventually(lambda: worker.poll() == 0)
+    assert await states() == [JobState.QUEUED, JobState.SUCCEEDED]
+    assert not valkey.client.exists(keys.worker("w1"))
+
+
+async def test_one_that_finds_no_job_ends(start: Start, jobs: JobStore, valkey: Valkey) -> None:
+    idle, cut_off = start("w1", ends=(1, 0.5)), start("w2", ends=(1, 0.5), url="unix:///nowhere/valkey.sock")
+    await eventually(lambda: (idle.poll(), cut_off.poll()) == (0, 6))
+    assert not valkey.client.exists(keys.worker("w1"))
 
 
 async def test_sigterm_lets_an_attempt_finish(start: Start, jobs: JobStore, tmp_path: Path, valkey: Valkey) -> None:

@@ -38,9 +38,7 @@ class RayLauncher:
         token = config.token.get_secret_value()
         headers = {"authorization": f"Bearer {token}"} if token else {}
         try:
-            self._client = httpx.AsyncClient(
-                base_url=config.url, headers=headers, trust_env=False, transport=transport
-            )
+            self._client = httpx.AsyncClient(base_url=config.url, headers=headers, trust_env=False, transport=transport)
         except httpx.InvalidURL as exc:
             raise Refused(f"launcher.url {config.url!r}: {exc}") from exc
 

@@ -41,9 +41,9 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Launches:
-    """What a leader keeps in mind. `judged`: launches whose end it has taken note of; `withdrawn`: those that it has cancelled and that live
-    (Ray ends one only when it would begin); `failures` in a row, the newest at `failed_ms` for `reason`. A new leader begins without: it
-    waits once more after a failure, and cancels once more."""
+    """What a leader keeps in mind. `judged`: launches whose end it has taken note of; `withdrawn`: those that it has cancelled and that
+    live (Ray ends one only when it would begin); `failures` in a row, the newest at `failed_ms` for `reason`. A new leader begins without:
+    it waits once more after a failure, and cancels once more."""
 
     judged: frozenset[str] = frozenset()
     withdrawn: frozenset[str] = frozenset()
