@@ -20,7 +20,7 @@ from tided.ctl.main import app, exit_code
 from tided.model.errors import ConfigError, TideError
 from tided.model.launch import LaunchState
 from tided.model.records import SpeculationMode
-from tided.model.status import LaunchStatus, LauncherStatus
+from tided.model.status import LauncherStatus, LaunchStatus
 
 ACTOR = f"uid:{os.getuid()}"
 QUERIES = {

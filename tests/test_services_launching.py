@@ -195,7 +195,13 @@ async def test_a_cordoned_slot_stays_empty(scene: Scene) -> None:
 
 
 def test_the_command_is_the_sites_with_what_makes_it_a_launched_worker(tmp_path: Path) -> None:
-    values = {"command": "srun tide-worker", "device": "cuda", "devices": 4, "memory_bytes": 1024, "idle_s": 5}
+    values: dict[str, object] = {
+        "command": "srun tide-worker",
+        "device": "cuda",
+        "devices": 4,
+        "memory_bytes": 1024,
+        "idle_s": 5,
+    }
     config = settings(tmp_path, tmp_path, launcher=values).launcher
     assert command(config, "launched-1") == (
         "srun tide-worker --name launched-1 --kinds train,score,reference --jobs 1 --idle-s 5 "

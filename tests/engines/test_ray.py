@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,14 +122,14 @@ async def test_what_gets_no_devices_is_pending_and_cancelled_it_never_begins(sub
 
 
 async def test_what_ray_will_not_take_and_what_is_no_ray_is_said(ray: str) -> None:
-    for values, why in (
-        ({"options": {"entrypoint_num_tpus": 1}}, "would not submit: TypeError: .*entrypoint_num_tpus"),
-        ({"url": f"{ray}/elsewhere"}, "answers no list of jobs"),
-    ):
-        launcher = RayLauncher(launcher_config(**{"url": ray, **values}))
-        with pytest.raises(Refused, match=why):
-            await launcher.submit("contract-3.1", "true") if "options" in values else await launcher.states()
-        await launcher.aclose()
+    launcher = RayLauncher(launcher_config(ray, options={"entrypoint_num_tpus": 1}))
+    with pytest.raises(Refused, match=r"would not submit: TypeError: .*entrypoint_num_tpus"):
+        await launcher.submit("contract-3.1", "true")
+    await launcher.aclose()
+    launcher = RayLauncher(launcher_config(f"{ray}/elsewhere"))
+    with pytest.raises(Refused, match="answers no list of jobs"):
+        await launcher.states()
+    await launcher.aclose()
 
 
 # --- the whole way ---
@@ -167,7 +167,7 @@ class Scene:
 
 
 @asynccontextmanager
-async def running(valkey: Valkey, root: Path, target: Path, url: str, **launcher: Any) -> AsyncIterator[Scene]:
+async def running(valkey: Valkey, root: Path, target: Path, url: str, **launcher: Any) -> AsyncGenerator[Scene]:
     """A real tided whose workers a Ray launches, with the worker's real command."""
     worker = shlex.join(
         [sys.executable, "-m", "tided.worker.agent", "--config", str(root / "config.toml"), "--drain-s", "0"]
