@@ -93,11 +93,12 @@ class Exchange:
         return None
 
     async def contents(self) -> tuple[str, str]:
-        """What is in the storage, in words, and why that, or the last look at it, failed, or ""."""
+        """What is in the storage, in words, and why that, a write there, or the last look at it failed, or ""."""
         if self._stager is None:
             return "", ""
         store = self._stager.objects
         try:
+            await anyio.to_thread.run_sync(store.prove)
             sizes = await anyio.to_thread.run_sync(store.sizes)
         except Unavailable as exc:
             return "", str(exc)

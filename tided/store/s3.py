@@ -8,7 +8,9 @@ import asyncio
 from typing import Any
 
 import fsspec
+from aiobotocore.config import AioConfig
 from aiobotocore.httpsession import AIOHTTPSession
+from aiobotocore.session import AioSession
 from botocore.exceptions import ReadTimeoutError
 
 CONNECT_S = 5.0
@@ -32,7 +34,10 @@ class _Session(AIOHTTPSession):
 
 
 def open_filesystem(url: str, options: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem and the path in it. `options` are s3fs's, and go before what is set here. Nothing is sent yet."""
+    """The filesystem and the path in it. `options` are s3fs's, and go before what is set here. Nothing is sent yet.
+
+    Raises `TypeError` for options that nothing knows.
+    """
     config = {
         "connect_timeout": CONNECT_S,
         "read_timeout": READ_S,
@@ -40,5 +45,6 @@ def open_filesystem(url: str, options: dict[str, Any]) -> tuple[fsspec.AbstractF
         "http_session_cls": _Session,
     } | options.get("config_kwargs", {})
     filesystem, root = fsspec.url_to_fs(url, **{"default_block_size": PART_BYTES} | options | {"config_kwargs": config})
+    AioConfig(**config), AioSession(**filesystem.kwargs)  # which s3fs would make with its first request
     filesystem.retries = TRIES
     return filesystem, root
