@@ -222,13 +222,13 @@ def test_a_folder_that_a_console_has_made_is_no_object(s3_url: str, monkeypatch:
     assert ObjectStore(s3_url).sizes() == {key: len(key)}
 
 
-def test_without_s3fs_the_command_that_installs_it_is_named() -> None:
-    program = (
-        "import sys; sys.modules['s3fs'] = sys.modules['aiobotocore'] = None\n"
-        "from tided.store.objects import ObjectStore; ObjectStore('s3://bucket/tided')"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "ConfigError: storage.url s3://bucket/tided: it needs s3fs: pip install 'tided[s3]'" in done.stderr
+def test_without_s3fs_the_command_that_installs_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[storage]\nurl = "s3://bucket/tided"\n')
+    program = "import sys; sys.modules['aiobotocore'] = None; from tided.daemon import main; main(sys.argv[1:])"
+    arguments = ["-c", program, "--check", "--config", str(tmp_path / "config.toml")]
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.endswith("storage.url s3://bucket/tided: it needs s3fs: pip install 'tided[s3]'\n")
 
 
 @pytest.mark.parametrize("options", [{"no_such": SECRET}, {"config_kwargs": {"no_such": SECRET}}])
