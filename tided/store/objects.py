@@ -179,7 +179,8 @@ class ObjectStore:
             raise Unavailable(f"{self.shown}: cannot {doing} ({_why(exc)})") from exc
 
 
-def _opened(url: str, options: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
+def _opened(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """The filesystem (of partial types) and the path in it."""
     if not url.startswith(("s3://", "s3a://")):
         return fsspec.url_to_fs(url, **options)
     try:

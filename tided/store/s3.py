@@ -33,7 +33,7 @@ class _Session(AIOHTTPSession):
             raise ReadTimeoutError(endpoint_url=request.url, error=exc) from exc
 
 
-def open_filesystem(url: str, options: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
+def open_filesystem(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     """The filesystem and the path in it. `options` are s3fs's, and go before what is set here. Nothing is sent yet.
 
     Raises `TypeError` for options that nothing knows.
@@ -45,6 +45,7 @@ def open_filesystem(url: str, options: dict[str, Any]) -> tuple[fsspec.AbstractF
         "http_session_cls": _Session,
     } | options.get("config_kwargs", {})
     filesystem, root = fsspec.url_to_fs(url, **{"default_block_size": PART_BYTES} | options | {"config_kwargs": config})
-    AioConfig(**config), AioSession(**filesystem.kwargs)  # which s3fs would make with its first request
+    AioConfig(**config)  # these two s3fs would make with its first request
+    AioSession(**filesystem.kwargs)
     filesystem.retries = TRIES
     return filesystem, root
