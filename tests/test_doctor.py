@@ -82,14 +82,14 @@ async def test_what_is_wrong_is_named(valkey: Valkey, tmp_path: Path, target: Pa
     [
         ("", "0 objects, 0 MiB in s3://"),
         ("bucket", "The specified bucket does not exist"),
-        ("credentials", "The request signature we calculated does not match"),
+        ("credentials", "Access Key Id you provided does not exist"),
     ],
 )
 async def test_a_storage_is_proved(
     valkey: Valkey, tmp_path: Path, target: Path, s3_url: str, harm: str, measured: str
 ) -> None:
     url = "s3://no-such-bucket/tided" if harm == "bucket" else s3_url
-    options = {"secret": "another"} if harm == "credentials" else {}
+    options = {"key": "nobody", "secret": "no"} if harm == "credentials" else {}
     async with leading(valkey, settings(tmp_path, target, storage={"url": url, "options": options})) as control:
         check = (await looked_over(control))["tided"]["storage"]
     assert check.outcome is (CheckOutcome.FAILED if harm else CheckOutcome.OK)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,9 @@ def test_a_bucket_that_is_missing_is_said_and_never_made(
 
 
 def test_a_server_that_is_away_is_unavailable_and_used_again_when_it_is_back(
-    own_s3: S3Server, stored: StoredObject, shard: Path
+    own_s3: S3Server, stored: StoredObject, shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(s3, "TRIES", 1)
     store = ObjectStore(f"s3://{own_s3.new_bucket()}/tided", own_s3.options)
     store.put(stored, shard)
     own_s3.kill()
@@ -136,19 +138,22 @@ def test_a_server_that_says_nothing_holds_nobody(
         own_s3.process.send_signal(signal.SIGSTOP)
         patch.setattr(s3, "REQUEST_S", 1.0)
 
-    with monkeypatch.context() as patch:
-        with pytest.raises(Unavailable, match=r"cannot write .*ReadTimeoutError"):
-            store.put(stored, shard, at_block(12, stop))
-        with pytest.raises(Unavailable, match=r"cannot list .*ReadTimeoutError"):
-            store.sizes()
-    own_s3.process.send_signal(signal.SIGCONT)
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        try:
+            with pytest.raises(Unavailable, match=r"cannot write .*ReadTimeoutError"):
+                pool.submit(store.put, stored, shard, at_block(12, stop)).result(60)
+            with pytest.raises(Unavailable, match=r"cannot list .*ReadTimeoutError"):
+                pool.submit(store.sizes).result(60)
+        finally:
+            own_s3.process.send_signal(signal.SIGCONT)  # which ends what hangs
     assert store.put(stored, shard)
     assert store.sizes() == {stored.key: stored.bytes}
 
 
 def test_a_server_that_dies_during_an_upload_has_nothing_of_it(
-    own_s3: S3Server, stored: StoredObject, shard: Path
+    own_s3: S3Server, stored: StoredObject, shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(s3, "TRIES", 1)
     store = ObjectStore(f"s3://{own_s3.new_bucket()}/tided", own_s3.options)
     with pytest.raises(Unavailable):
         store.put(stored, shard, at_block(12, own_s3.kill))
