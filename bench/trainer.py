@@ -3,6 +3,7 @@
 `python -m bench.trainer` writes build/bench/trainer.json. Samples are greedy answers of the real model, made once.
 """
 
+import itertools
 import os
 import resource
 import time
@@ -12,19 +13,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench import model, report
+from bench import cold, model, report
 from bench.drafts import BUDGET_S, WORK, Samples, code_samples, first_draft, run_job
 from bench.report import Claim, at_least, at_most
 from tided.draft import checkpoint
 from tided.draft.eagle3 import Eagle3
 from tided.model.records import Recipe
 from tided.training.data import Run, equal_pieces, pack, read_runs
+from tided.training.evaluate import evaluate
 from tided.training.loop import Objective
 from tided.training.losses import CandidateSampler, Frozen
 from tided.training.optimizer import Optimizer
 from tided.training.options import options_for
+from tided.training.vocabulary import adapt
 
 STEPS, WARM_UP, REPEATS = 30, 10, 3
+FEW = (2000, 4000)
+"""Tokens of samples that minutes of traffic give."""
+GAMMA = 4
 
 
 def main() -> None:
@@ -33,7 +39,7 @@ def main() -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     samples = code_samples(model_dir)
-    claims = [*_speed(model_dir, samples.train), *_job(model_dir, samples)]
+    claims = [*_speed(model_dir, samples.train), *_few(model_dir, samples), *_job(model_dir, samples)]
     report.publish("trainer", claims)
 
 
@@ -108,6 +114,31 @@ def padded_rows(runs: Sequence[Run], tokens: int) -> int:
         if asked >= tokens:
             total, asked, longest, count = total + longest * count, 0, 0, 0
     return total + longest * count
+
+
+def _few(model_dir: Path, samples: Samples) -> list[Claim]:
+    """Cold starts from the samples that a run of minutes gives, as `bench.hetero` predicts them."""
+    source = checkpoint.load(first_draft(model_dir))
+    hidden, vocab = source.config.hidden, source.config.vocab
+    runs, held_out = read_runs(samples.train, hidden, vocab), read_runs(samples.held_out, hidden, vocab)
+    claims = list[Claim]()
+    for tokens in FEW:
+        some = first_tokens(runs, tokens)
+        first = adapt(source, some, model_dir)
+        frozen = Frozen.read(model_dir, first, "cpu")
+        lengths = list[float]()
+        for seed in range(REPEATS):
+            ((_, draft),) = cold.train(first, some, frozen, {"seed": seed}, GAMMA)
+            lengths.append(evaluate(draft, held_out, frozen, GAMMA).length)
+        what = f"held-out acceptance length after a cold start from {tokens:,} tokens of samples, gamma {GAMMA}"
+        claims.append(Claim(f"trainer-acceptance-{tokens}", what, report.median(lengths), runs=lengths))
+    return claims
+
+
+def first_tokens(runs: Sequence[Run], tokens: int) -> list[Run]:
+    """The first of `runs`, until they have `tokens` tokens to train."""
+    sums = itertools.accumulate(len(run.queries(0)) for run in runs)
+    return [run for run, so_far in zip(runs, sums, strict=True) if so_far <= tokens]
 
 
 def _job(model_dir: Path, samples: Samples) -> list[Claim]:

@@ -119,7 +119,14 @@ def test_a_drift_that_a_pooled_draft_answered_needs_no_training_and_the_next_one
 
 
 def test_the_recipe_follows_from_what_came_before() -> None:
-    for state, recipe in ((FULL, Recipe.COLD), (LATER, Recipe.REFRESH), (DRIFTING, Recipe.DRIFT)):
+    learning, settled = replace(LATER, gains=(0.01, 0.08)), replace(LATER, gains=(0.3, 0.04))
+    for state, recipe in (
+        (FULL, Recipe.COLD),
+        (LATER, Recipe.REFRESH),
+        (DRIFTING, Recipe.DRIFT),
+        (learning, Recipe.DRIFT),
+        (settled, Recipe.REFRESH),
+    ):
         assert step(state, RowsStored(NOW, 100), RULES)[1] == (StartTraining(recipe, state.since_ms),)
 
 

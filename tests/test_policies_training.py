@@ -59,7 +59,10 @@ def test_a_fall_is_drift_and_is_seen_soon() -> None:
 
 
 def test_a_rise_is_no_drift() -> None:
-    assert not fed(START, [request(0.3)] * 100 + [request(0.8)] * 30).drifting
+    steady = fed(START, [request(0.3)] * 100)
+    risen = fed(steady, [request(0.8)] * 30)
+    assert (steady.rising, risen.rising, risen.drifting) == (False, True, False)
+    assert not fed(START, [request(0.8)] * 3).rising
 
 
 def test_noise_is_no_drift() -> None:

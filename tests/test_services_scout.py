@@ -376,6 +376,27 @@ async def test_an_unanswered_drift_is_looked_at_again_and_holds_no_training_then
     await scene.serves(scene.day)
 
 
+async def test_acceptance_that_rises_asks_the_pool_too_and_holds_no_training(scene: Scene) -> None:
+    scene.configure("pool", retry_s=0.0)
+    await scene.engine.report(alpha=0.4, requests=60, temperature=0.0)
+    await scene.engine.report(alpha=0.8, requests=10, temperature=0.0)
+
+    async def asked() -> bool:
+        await scene.control.cycle()
+        return (await scene.scouting()).stage is Stage.SAMPLING
+
+    await eventually(asked)
+    assert (await scene.scouting()).cause is Cause.RISE
+    scene.samples(await scene.control.context.now_ms() + 1)
+    claim = await scene.claimed()
+    assert [candidate.version for candidate in claim.job.spec.candidates] == [scene.day.version]
+    await scene.claimed(JobKind.TRAIN)
+    assert (await scene.collection()).drifts == 0
+    await scene.score(claim, day=2.9, night=2.5)
+    await scene.serves(scene.day)
+    assert (await scene.happened("pool-scored")).data["cause"] == "rise"
+
+
 async def test_a_drift_that_comes_while_drafts_are_scored_is_the_one_that_counts(scene: Scene) -> None:
     await scene.drift()
     claim = await scene.claimed()

@@ -18,7 +18,7 @@ from tided.training.data import Pack, Piece, Run, Span, equal_pieces, pack, read
 from tided.training.evaluate import evaluate
 from tided.training.loop import pack_loss
 from tided.training.losses import CandidateSampler, Frozen, Labels, labels_of, step_loss
-from tided.training.options import Precision, TrainOptions
+from tided.training.options import Precision, SoftLoss, TrainOptions
 from tided.training.ttt import Unroll, attend
 
 
@@ -231,16 +231,34 @@ def test_soft_loss_has_the_gradient_of_kl() -> None:
     a = torch.randn(4, 7, requires_grad=True)
     b = a.detach().clone().requires_grad_(True)
     rows = torch.tensor([0, 2, 3, 4])
-    step_loss(a, labels, rows, 0.0).backward()
+    step_loss(a, labels, rows, 0.0, SoftLoss.KL).backward()
     usable = torch.tensor([1.0, 0.0, 1.0, 1.0])
     (-(soft[rows] * b.log_softmax(-1)).sum(-1) * usable).sum().backward()
     assert a.grad is not None
     assert b.grad is not None
     torch.testing.assert_close(a.grad, b.grad)
     a.grad = b.grad = None
-    step_loss(a, Labels(labels.ids, None), rows, 0.0).backward()
+    step_loss(a, Labels(labels.ids, None), rows, 0.0, SoftLoss.KL).backward()
     torch.nn.functional.cross_entropy(b[[0, 2, 3]], torch.tensor([0, 2, 3]), reduction="sum").backward()
     torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_the_lk_loss_is_the_log_of_the_acceptance_rate() -> None:
+    torch.manual_seed(0)
+    soft = torch.softmax(2 * torch.randn(3, 9), -1)
+    labels = Labels(torch.tensor([4, -1, 2]), soft)
+    a = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)
+    b = a.detach().clone().requires_grad_(True)
+    ours = step_loss(a, labels, torch.arange(3), 0.25, SoftLoss.LK)
+    usable = torch.tensor([1.0, 0.0, 1.0])
+    accepted = torch.minimum(soft, b.softmax(-1)).sum(-1)
+    hard = torch.nn.functional.cross_entropy(b, labels.ids.clamp(min=0), reduction="none")
+    theirs = ((0.25 * hard - accepted.log()) * usable).sum()
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    ours.backward()
+    theirs.backward()
+    assert a.grad is not None
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_that_begins_in_the_middle(world: World, tmp_path: Path) -> None:

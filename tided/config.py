@@ -237,9 +237,9 @@ class PoolConfig(_Section):
     """Drafts by domain, to go back to when traffic does.
 
     `size`: most domains of a target. After a drift its drafts are scored once so many requests and scored rows are in stock, within
-    `deadline_s`, for which training waits; while the drift is unanswered, again every `retry_s`. `same`: share of its length at home by
-    which a draft may fall short and be taken to be home; `alike`: share by which near-duplicates may differ. `reserve_share`: of
-    `samples.max_bytes`, what all domains together may keep for replay.
+    `deadline_s`, for which training waits; while the drift is unanswered or acceptance has risen, every `retry_s`. `same`: share of its
+    length at home by which a draft may fall short and be taken to be home; `alike`: share by which near-duplicates may differ.
+    `reserve_share`: of `samples.max_bytes`, what all domains together may keep for replay.
     """
 
     enabled: bool = True

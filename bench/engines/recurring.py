@@ -6,7 +6,7 @@ tided in it, its worker on the other core, and steady traffic that goes from dom
 number of drafted tokens.
 
     pool     code, French, code, French
-    retrain  code, French, code, with [pool] enabled = false
+    retrain  code, French, code, without the pool and without replay: what is forgotten is trained again
 
 A domain that comes again comes with prompts that were never asked before. Acceptance is what the engine itself reports.
 """

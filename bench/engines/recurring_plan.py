@@ -22,13 +22,16 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that the figures depend on. `server`: how the server and its tided are started, as in the study of shifting traffic."""
+    """Everything that the figures depend on. `server`: how the server and its tided are started, as in the study of shifting traffic.
+
+    `changes`: what an arm's configuration has beside that: RETRAIN has no pool and replays nothing, as the paper's TIDE.
+    """
 
     server: shift_plan.Plan
     arms: Mapping[str, tuple[Phase, ...]]
     concurrency: int = 8
     changes: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(
-        default_factory=lambda: {POOL: {}, RETRAIN: {"pool": {"enabled": False}}}
+        default_factory=lambda: {POOL: {}, RETRAIN: {"pool": {"enabled": False}, "training": {"replay_fraction": 0.0}}}
     )
 
     @property
@@ -38,7 +41,10 @@ class Plan:
 
     def started(self, arm: str) -> shift_plan.Plan:
         """How the server of one arm is started."""
-        return replace(self.server, changes={**self.server.changes, **self.changes[arm]})
+        changes = {name: dict(section) for name, section in self.server.changes.items()}
+        for name, section in self.changes[arm].items():
+            changes.setdefault(name, {}).update(section)
+        return replace(self.server, changes=changes)
 
 
 def full() -> Plan:

@@ -1,8 +1,8 @@
 """The claims of the study of recurring domains, from its raw parts. Pure: they can be written again without a run.
 
 Acceptance length is that of all request-steps of a window by the time of the engine's reports. A domain's best is that of the best window
-of BEST_S in its first phase. It has recovered at the first second from which two windows of WINDOW_S, one after the other, both have at
-least RECOVERED of the best: one window alone may be luck.
+of BEST_S in its first phase. It has recovered at the first second from which a window of WINDOW_S has at least RECOVERED of the best. With
+eight requests at a time, windows of 10 s differ by 8% while nothing changes, and of 30 s by 4%.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from typing import Any
 from bench.engines.recurring_plan import POOL, RETRAIN, Plan
 from bench.report import Claim, at_least, at_most, show, write
 
-WINDOW_S, BEST_S = 10, 20
+FIRST_S, WINDOW_S, BEST_S = 10, 30, 60
 RECOVERED = 0.95
 GOAL = 5.0
 EVENTS = ("drift-detected", "pool-scored", "pool-switched", "pool-switch-undone", "training-started", "training-ended")
@@ -39,15 +39,13 @@ class Seen:
 
     @property
     def best(self) -> float:
-        return max((self.length(s, BEST_S) for s in range(self.seconds - BEST_S + 1)), default=0.0)
+        width_s = min(BEST_S, self.seconds)
+        return max(self.length(s, width_s) for s in range(self.seconds - width_s + 1))
 
     def recovered_s(self, best: float) -> int | None:
-        """Seconds until acceptance is back at RECOVERED of `best` and stays; None when it did not come to that."""
-        for start_s in range(self.seconds - 2 * WINDOW_S + 1):
-            both = self.length(start_s, WINDOW_S), self.length(start_s + WINDOW_S, WINDOW_S)
-            if min(both) >= RECOVERED * best:
-                return start_s
-        return None
+        """Seconds until acceptance is back at RECOVERED of `best`; None when it did not come to that."""
+        starts = range(self.seconds - WINDOW_S + 1)
+        return next((s for s in starts if self.length(s, WINDOW_S) >= RECOVERED * best), None)
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def claims_of(parts: Sequence[Mapping[str, Any]]) -> list[Claim]:
     if POOL in arms:
         pool = arms[POOL]
         if RETRAIN in arms:
-            claims.append(_faster("code", "its second phase without the pool", arms[RETRAIN][2], pool[2]))
+            claims.append(_faster("code", "its second phase without pool and replay", arms[RETRAIN][2], pool[2]))
         claims.append(_faster("french", "its first phase", pool[1], pool[3]))
     return claims
 
@@ -123,7 +121,7 @@ def _arm_claims(part: Mapping[str, Any]) -> list[Claim]:
         again = phase.domain in [earlier.domain for earlier in phases[: number - 1]]
         towards = "its first phase's best" if again else "its best"
         claims += [
-            Claim(f"{arm}.{number}.first", f"{label}: acceptance length, first 10 s", phase.length(0, WINDOW_S)),
+            Claim(f"{arm}.{number}.first", f"{label}: acceptance length, first {FIRST_S} s", phase.length(0, FIRST_S)),
             Claim(f"{arm}.{number}.best", f"{label}: best window of {BEST_S} s", phase.best),
             Claim(
                 f"{arm}.{number}.recovery",
@@ -171,11 +169,11 @@ def _summary(part: Mapping[str, Any]) -> dict[str, Any]:
             "phase": number,
             "domain": phase.domain,
             "at_s": start_s,
-            "length": phase.length(start_s, WINDOW_S),
-            "steps": sum(phase.steps[start_s : start_s + WINDOW_S]),
+            "length": phase.length(start_s, FIRST_S),
+            "steps": sum(phase.steps[start_s : start_s + FIRST_S]),
         }
         for number, phase in enumerate(phases_of(part), start=1)
-        for start_s in range(0, phase.seconds, WINDOW_S)
+        for start_s in range(0, phase.seconds, FIRST_S)
     ]
     kept = ("arm", "phases", "changed_ms", "ended_ms", "timeline", "events", "samples", "drafts", "jobs")
     return {**{key: part[key] for key in kept}, "windows": windows}

@@ -52,6 +52,8 @@ class CollectionRules:
 DEFAULT_RULES = CollectionRules()
 HOUR_MS = 3_600_000
 PLATEAU = 2
+LEARNING = 0.05
+"""Share by which a draft of which much is still to come is longer than the one before (docs/adr/0010-training-recipe.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +198,11 @@ def _within_hour(spent: tuple[tuple[int, int], ...], now_ms: int) -> tuple[tuple
 
 
 def recipe(state: Collection) -> Recipe:
+    """Small rates are for a draft that is nearly right: while the newest one gained much, the next samples teach as much again."""
     if state.deployed == 0:
         return Recipe.COLD
-    return Recipe.DRIFT if state.drifting else Recipe.REFRESH
+    learning = state.drifting or (state.gains and state.gains[-1] >= LEARNING)
+    return Recipe.DRIFT if learning else Recipe.REFRESH
 
 
 def step(state: Collection, event: CollectionEvent, rules: CollectionRules = DEFAULT_RULES) -> Step:

@@ -228,7 +228,7 @@ class JobState(StrEnum):
 
 
 class Recipe(StrEnum):
-    """Why a training job runs; the trainer's rates follow from it (training.md)."""
+    """How far the parent is from what it could be; the trainer's rates follow from it (`tided.training.options`)."""
 
     COLD = "cold"
     DRIFT = "drift"

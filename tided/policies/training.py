@@ -11,7 +11,7 @@ what is looked for, enters it once only, where it would inflate an ordinary vari
 """
 
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import inf, sqrt
 
 from tided.model.records import RequestStats
 from tided.policies.speedup import alpha_from_length
@@ -108,8 +108,23 @@ class AcceptanceTrend:
 
     @property
     def drifting(self) -> bool:
+        return self._difference < -self._least
+
+    @property
+    def rising(self) -> bool:
+        """Drift's opposite: the traffic is another too, but nothing is lost by it."""
+        return self._difference > self._least
+
+    @property
+    def _difference(self) -> float:
+        """short - long; 0.0 while it says nothing."""
         short, long = self.short.value, self.long.value
+        return short - long if short is not None and long is not None else 0.0
+
+    @property
+    def _least(self) -> float:
+        """What a difference must exceed to count."""
         error = self.standard_error
-        if short is None or long is None or error is None or self.samples < self.short.window / 2:
-            return False
-        return short < long - max(self.epsilon, SURE * error)
+        if error is None or self.samples < self.short.window / 2:
+            return inf
+        return max(self.epsilon, SURE * error)

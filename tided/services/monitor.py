@@ -110,6 +110,11 @@ class EngineView:
         """The temperatures whose acceptance is below its long average."""
         return tuple(temperature for temperature, trend in self.trends.items() if trend.drifting)
 
+    @property
+    def rises(self) -> bool:
+        """Whether the acceptance of a temperature is above its long average."""
+        return any(trend.rising for trend in self.trends.values())
+
     def expect(self, conditional: tuple[float, ...]) -> None:
         """What an evaluation of the served version says about its acceptance."""
         self.prior = Acceptance.prior(conditional, PRIOR_TRIALS)

@@ -6,6 +6,9 @@ nobody asked for one, a score job is submitted as soon as a few requests are in 
 (the gate's bootstrap, at a confidence that pays for the choice among several) it becomes the target's head at once, on all engines: it has
 served before, so it needs no canary. Its watch and the way back stay. Training waits for the answer, with a deadline, and goes on from it.
 
+Acceptance may also rise when traffic comes back for which a pooled draft is better still. Then the same question is asked, and training
+does not wait: nothing is lost meanwhile.
+
 While an engine drafts nothing, nobody sees what its draft would accept. The same job says so now and then, on states that are tapped for
 it: shadow acceptance. What the serving draft scores goes to the speculation policy as evidence, and a pooled draft can win there as well.
 
@@ -58,6 +61,7 @@ class Stage(StrEnum):
 class Cause(StrEnum):
     DRIFT = "drift"
     UNANSWERED = "unanswered"  # a drift that neither the pool nor a training has answered yet
+    RISE = "rise"  # acceptance rose: what serves does better on this traffic, and a pooled draft may do better still
     SHADOW = "shadow"  # an engine drafts nothing
 
 
@@ -173,8 +177,10 @@ class Scout:
         since_asked_ms, every_ms = now_ms - scouting.asked_ms, self._shadow_every_ms(pool)
         if every_ms and since_asked_ms >= every_ms:
             return self._asking(scouting, Cause.SHADOW, now_ms, now_ms)
-        if collection.drifting and others and since_asked_ms >= self._context.config.pool.retry_s * 1000:
-            return self._asking(scouting, Cause.UNANSWERED, now_ms, now_ms)
+        rises = any(member.view.rises for member in pool.members)
+        moved = Cause.UNANSWERED if collection.drifting else Cause.RISE if rises else None
+        if moved and others and since_asked_ms >= self._context.config.pool.retry_s * 1000:
+            return self._asking(scouting, moved, now_ms, now_ms)
         return scouting
 
     def _asking(self, scouting: Scouting, cause: Cause, since_ms: int, now_ms: int) -> Scouting:

@@ -52,7 +52,7 @@ def pack_loss(
                     break
                 unroll.advance(active)
             logits = torch.nn.functional.linear(draft.norm(unroll.pre), head) + candidates.correction
-            loss = step_loss(logits, labels, unroll.active + k, options.hard_weight)
+            loss = step_loss(logits, labels, unroll.active + k, options.hard_weight, options.soft_loss)
             total = total + loss * (weight / (sum(weights) * pack.tokens))
     return total
 
@@ -80,7 +80,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def settle(self, ranks: Ranks) -> None:
-        """Put the trained rows into the draft's head."""
+        """Put the trained rows into the draft's head: the steps themselves do without."""
         ranks.put_rows(self.draft.lm_head.weight, self._seen, gathered(self.head))
 
     @torch.no_grad()
@@ -138,15 +138,15 @@ class Loop:
                 fraction = max(self.at.tokens / plan, self.at.elapsed_s / budget_s)
                 loss = self._loss(objective, batch, sampler.draw(self.at.steps))
                 optimizer.step(fraction)
-                objective.settle(self.ranks)
                 self._account(batch, loss, self.clock() - now)
                 self._tell(loss, fraction)
                 if self.validation and self.at.elapsed_s - checked >= options.validation_interval_s:
                     kept = self._select(objective, kept)
                     checked = self.ranks.told(self.clock() - began)
                 if self.at.elapsed_s - saved >= options.checkpoint_interval_s:
-                    self._save(optimizer, kept)
+                    self._save(objective, optimizer, kept)
                     saved = self.at.elapsed_s
+        objective.settle(self.ranks)
         if self.validation:
             self.draft.load_state_dict(self._select(objective, kept))
 
@@ -173,6 +173,7 @@ class Loop:
     def _validate(self, objective: Objective) -> float:
         if not self.validation:
             return 0.0
+        objective.settle(self.ranks)
         autocast = self.options.precision is Precision.BF16
         length = 0.0
         with self.ranks.whole(objective):
@@ -189,8 +190,9 @@ class Loop:
         self.at.best, self.at.stale = length, 0
         return _copy(self.draft)
 
-    def _save(self, optimizer: Optimizer, kept: Mapping[str, Tensor]) -> None:
+    def _save(self, objective: Objective, optimizer: Optimizer, kept: Mapping[str, Tensor]) -> None:
         """Write the checkpoint: process 0 does, of what all give."""
+        objective.settle(self.ranks)
         tensors: dict[str, Array] = {"losses": np.array(self.losses, np.float32)}
         tensors |= {f"draft.{name}": _array(value) for name, value in self.draft.state_dict().items()}
         tensors |= {f"optimizer.{name}": _array(value) for name, value in optimizer.state().items()}

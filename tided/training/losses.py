@@ -1,5 +1,7 @@
-"""What a draft is trained towards. Soft: forward KL to the target's distribution over the draft vocabulary. Hard: cross entropy.
+"""What a draft is trained towards. Soft: the target's distribution over the draft vocabulary. Hard: cross entropy.
 
+Soft is the forward KL divergence, or the negative log of the rate at which a sampled token is accepted, sum_v min(p_v, q_v), which is 1
+less the total variation between the two (LK loss: Samarin et al. 2026, arXiv 2602.23881).
 The target's distribution comes from the captured last hidden state (after the final norm) through the target's own head rows;
 the target itself is never run. Labels outside the draft vocabulary weigh nothing: no drafted token can match them.
 """
@@ -20,6 +22,7 @@ from tided.draft import target
 from tided.draft.checkpoint import Checkpoint, target_ids
 from tided.draft.eagle3 import tensor_of
 from tided.training.data import Pack, Run
+from tided.training.options import SoftLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,36 +129,47 @@ def labels_of(pack: Pack, frozen: Frozen, candidates: Candidates) -> Labels:
     return Labels(ids, torch.softmax(logits, -1).to(head.dtype))
 
 
-class _CrossEntropy(Function):
-    """-sum_v (p_v + hard [v = id]) log softmax(logits)_v a row, `soft` p [n, C] or None for 0; a row with id -1 adds nothing.
+class _RowLoss(Function):
+    """soft(p, q) - hard log q_id a row, with q = softmax(logits) [n, C], `soft` p [n, C]; a row with id -1 adds nothing.
 
-    Its gradient, (1 + hard) softmax - p - hard [v = id], is formed at once and kept in the dtype of the logits.
+    soft(p, q) is the cross entropy -sum_v p_v log q_v, the log acceptance -log sum_v min(p_v, q_v), or 0 without p. Its gradient,
+    q - p or q (s - [q < p]) / acceptance with s = sum of q where q < p, and q - [v = id], is formed at once and kept in the logits' dtype.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, soft: Tensor | None, ids: Tensor, hard: float) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, logits: Tensor, soft: Tensor | None, ids: Tensor, hard: float, kind: SoftLoss
+    ) -> Tensor:
         usable, at = (ids >= 0).unsqueeze(-1), ids.clamp(min=0).unsqueeze(-1)
         wide = logits.float()
         norm = wide.logsumexp(-1, keepdim=True)
-        mass = hard if soft is None else 1.0 + hard
-        loss = mass * norm - hard * wide.gather(-1, at)
-        grad = (wide - norm).exp_().mul_(mass)
-        if soft is not None:
-            loss -= torch.linalg.vecdot(wide, soft.float()).unsqueeze(-1)
-            grad.sub_(soft)
+        loss = hard * (norm - wide.gather(-1, at))
+        q = (wide - norm).exp_()
+        if soft is None:
+            grad = q.mul_(hard)
+        elif kind is SoftLoss.KL:
+            loss += norm - torch.linalg.vecdot(wide, soft.float()).unsqueeze(-1)
+            grad = q.mul_(1.0 + hard).sub_(soft)
+        else:
+            p = soft.float()
+            below = q < p
+            accepted = torch.minimum(q, p).sum(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+            share = (q * below).sum(-1, keepdim=True)
+            loss -= accepted.log()
+            grad = q.mul_((share - below.float()).div_(accepted).add_(hard))
         if hard:
             grad.scatter_add_(-1, at, grad.new_full((1, 1), -hard).expand_as(at))
         ctx.save_for_backward(grad.mul_(usable).to(logits.dtype))
         return (loss * usable).squeeze(-1)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_outputs[0].unsqueeze(-1).to(grad.dtype), None, None, None
+        return grad * grad_outputs[0].unsqueeze(-1).to(grad.dtype), None, None, None, None
 
 
-def step_loss(logits: Tensor, labels: Labels, rows: Tensor, hard_weight: float) -> Tensor:
+def step_loss(logits: Tensor, labels: Labels, rows: Tensor, hard_weight: float, kind: SoftLoss) -> Tensor:
     """Summed loss of one pass: logits [n, C] against labels `rows` [n]. Rows without a usable label add nothing."""
     soft = None if labels.soft is None else labels.soft[rows]
     hard = hard_weight if labels.soft is not None else 1.0
-    return _CrossEntropy.apply(logits, soft, labels.ids[rows], hard).sum()
+    return _RowLoss.apply(logits, soft, labels.ids[rows], hard, kind).sum()

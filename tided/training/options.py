@@ -16,6 +16,13 @@ class OptimizerName(StrEnum):
     MUON = "muon"  # for the matrices; norms and head stay with AdamW
 
 
+class SoftLoss(StrEnum):
+    """How far a draft's distribution q is from the target's p."""
+
+    KL = "kl"  # forward KL divergence
+    LK = "lk"  # -log of the rate at which a token sampled from q is accepted
+
+
 class Precision(StrEnum):
     """`usable` gives what a device can do of it."""
 
@@ -55,6 +62,7 @@ class TrainOptions:
     unroll_steps: int = 4
     step_decay: float = 0.8
     negatives: int = 512  # draft tokens that occur in no sample, drawn afresh for each step's softmax
+    soft_loss: SoftLoss = SoftLoss.KL
     hard_weight: float = 0.5  # of the cross entropy on ids, beside the soft loss
     train_head: bool = True
     clip: float = 0.5
