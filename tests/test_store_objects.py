@@ -18,7 +18,7 @@ from tided.store.objects import Kind, ObjectStore, Stager
 pytest_plugins = ("tests.tiny_fixtures", "tests.s3_fixtures")
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.real)])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return request.getfixturevalue("s3_url") if request.param == "s3" else f"file://{tmp_path}/storage"
 
