@@ -15,7 +15,7 @@ from tests.support import eventually
 from tided.model.records import Check, CheckOutcome, Finding, JobKind, WorkerInfo
 from tided.wire import keys
 
-pytest_plugins = ("tests.tiny_fixtures",)
+pytest_plugins = ("tests.tiny_fixtures", "tests.s3_fixtures")
 pytestmark = pytest.mark.real
 
 
@@ -75,6 +75,26 @@ async def test_what_is_wrong_is_named(valkey: Valkey, tmp_path: Path, target: Pa
         failed = {name for name, check in double.items() if check.outcome is CheckOutcome.FAILED}
         assert {"draft vocabulary", "backlog", "samples"} <= failed
         assert "another vocabulary" in double["draft vocabulary"].measured
+
+
+@pytest.mark.parametrize(
+    ("harm", "measured"),
+    [
+        ("", "0 objects, 0 MiB in s3://"),
+        ("bucket", "The specified bucket does not exist"),
+        ("credentials", "Access Key Id you provided does not exist"),
+    ],
+)
+async def test_a_storage_is_proved(
+    valkey: Valkey, tmp_path: Path, target: Path, s3_url: str, harm: str, measured: str
+) -> None:
+    url = "s3://no-such-bucket/tided" if harm == "bucket" else s3_url
+    options = {"key": "nobody", "secret": "no"} if harm == "credentials" else {}
+    async with leading(valkey, settings(tmp_path, target, storage={"url": url, "options": options})) as control:
+        check = (await looked_over(control))["tided"]["storage"]
+    assert check.outcome is (CheckOutcome.FAILED if harm else CheckOutcome.OK)
+    assert measured in check.measured
+    assert bool(harm) == bool(check.advice)
 
 
 async def test_the_exit_code_says_whether_a_check_failed() -> None:

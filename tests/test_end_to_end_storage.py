@@ -1,5 +1,5 @@
-"""The whole loop where tided, an engine and a worker share Redis and a storage, and no directory: each has its own configuration, and
-the worker's host has mounted the storage at another path."""
+"""The whole loop where tided, an engine and a worker share Redis and a storage, and no directory: each has its own configuration. The
+storage is mounted at another path on the worker's host, or is a bucket of a real S3 server."""
 
 import asyncio
 import shutil
@@ -21,6 +21,7 @@ from tided.local import LocalStack, Service, services
 from tided.model.records import Capability
 from tided.store.objects import Kind, ObjectStore
 
+pytest_plugins = ("tests.s3_fixtures",)
 pytestmark = pytest.mark.real
 
 
@@ -38,13 +39,12 @@ def host(
 
 
 @asynccontextmanager
-async def three_hosts(root: Path) -> AsyncGenerator[tuple[Config, str, str]]:
-    """tided's configuration, the engine's URL, and the storage as the worker calls it."""
-    target = make_cyclic_target(root / "tiny")
+async def three_hosts(root: Path, bucket: str) -> AsyncGenerator[tuple[Config, str, str]]:
+    """tided's configuration, the engine's URL, and the storage as the worker calls it. `bucket` empty: a directory."""
+    target, port = make_cyclic_target(root / "tiny"), free_port()
     (root / "tided" / "mnt").mkdir(parents=True)
-    storage, port = f"file://{root}/worker/mnt/tided", free_port()
-    config, tided = host(root, "tided", target, f"file://{root}/tided/mnt/tided")
-    redis = {"url": config.redis_url}
+    config, tided = host(root, "tided", target, bucket or f"file://{root}/tided/mnt/tided")
+    redis, storage = {"url": config.redis_url}, bucket or f"file://{root}/worker/mnt/tided"
     _, engine = host(root, "engine", target, "", redis=redis, engine={"port": port})
     _, worker = host(root, "worker", target, storage, redis=redis)
     (root / "worker" / "mnt").symlink_to(root / "tided" / "mnt")
@@ -55,9 +55,11 @@ async def three_hosts(root: Path) -> AsyncGenerator[tuple[Config, str, str]]:
         yield config, f"http://127.0.0.1:{port}", storage
 
 
-async def test_the_loop_closes_across_hosts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", ["file", "s3"])
+async def test_the_loop_closes_across_hosts(request: pytest.FixtureRequest, tmp_path: Path, storage: str) -> None:
     failures: list[str] = []
-    async with three_hosts(tmp_path) as (config, url, storage):
+    bucket = request.getfixturevalue("s3_url") if storage == "s3" else ""
+    async with three_hosts(tmp_path, bucket) as (config, url, storage):
         client = Client(config.daemon.socket_path, timeout_s=60)
         async with traffic(url, failures):
             live = await eventually(lambda: event(client, "draft-live"), timeout_s=400, poll_s=0.25)

@@ -376,6 +376,28 @@ async def test_an_unanswered_drift_is_looked_at_again_and_holds_no_training_then
     await scene.serves(scene.day)
 
 
+async def test_a_second_fall_before_the_drift_is_answered_is_looked_at_once_its_score_is_there(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await scene.drift()
+    first = await scene.claimed()
+    await scene.score(first, day=1.2, night=1.3)
+    await scene.happened("pool-scored")
+    await scene.control.context.submit(first.job.spec, 1, "job-again")
+    claim = await scene.control.context.jobs.claim("w", [JobKind.SCORE])
+    assert claim is not None
+    await scene.score(claim, day=2.4, night=1.3)
+    found = Suspicion(scene.engine.info.incarnation, scene.night.version, answer=Answer.DRIFT, answered_by=claim.job.id)
+
+    async def told(*_: object) -> Suspicion:
+        return found
+
+    monkeypatch.setattr(scene.control.controller.faults, "reconcile", told)
+    await scene.serves(scene.day)
+    assert (await scene.scouting()).heard == claim.job.id
+    assert (await scene.happened("pool-scored")).data["cause"] == Cause.UNANSWERED
+
+
 async def test_acceptance_that_rises_asks_the_pool_too_and_holds_no_training(scene: Scene) -> None:
     scene.configure("pool", retry_s=0.0)
     await scene.engine.report(alpha=0.4, requests=60, temperature=0.0)

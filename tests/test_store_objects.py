@@ -1,6 +1,7 @@
-"""The shared storage: put once however often it is put, whole or not there, and nothing that does not verify reaches a host's cache."""
+"""The shared storage, in a directory and in a bucket of a real S3 server: put once however often it is put, whole or not there, and
+nothing that does not verify reaches a host's cache."""
 
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,23 +11,16 @@ import pytest
 from tided.draft import checkpoint
 from tided.draft.cache import Cache
 from tided.model.errors import ConfigError, NotFound, Refused, Unavailable
-from tided.model.ids import new_id
 from tided.model.records import StoredObject
 from tided.store import objects
 from tided.store.objects import Kind, ObjectStore, Stager
 
-pytest_plugins = ("tests.tiny_fixtures",)
+pytest_plugins = ("tests.tiny_fixtures", "tests.s3_fixtures")
 
 
-@pytest.fixture(params=["file", "memory"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "file":
-        yield f"file://{tmp_path}/storage"
-    else:
-        yield (url := f"memory://{new_id('test')}")
-        filesystem, root = fsspec.url_to_fs(url)
-        if filesystem.exists(root):
-            filesystem.rm(root, recursive=True)
+@pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.real)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return request.getfixturevalue("s3_url") if request.param == "s3" else f"file://{tmp_path}/storage"
 
 
 @pytest.fixture
@@ -43,7 +37,8 @@ def shard(tmp_path: Path) -> Path:
 
 
 def raw(url: str, key: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    filesystem, root = fsspec.url_to_fs(url)
+    """Another host's view: it shares nothing with the store."""
+    filesystem, root = fsspec.url_to_fs(url, skip_instance_cache=True)
     return filesystem, f"{root}/{key}"
 
 
@@ -98,6 +93,55 @@ def test_what_the_hosts_own_disk_has_changed_is_staged_anew(url: str, stager: St
     ObjectStore(url).put(stored, shard)
     stager.stage(stored).write_bytes(b"rot")
     assert stager.stage(stored).read_bytes() == shard.read_bytes()
+
+
+def test_what_other_hosts_put_and_remove_is_seen_at_once(url: str, shard: Path) -> None:
+    store, stored = ObjectStore(url), objects.describe_file(shard, Kind.SAMPLES)
+    other = replace(stored, sha256="a" * 64, key=f"samples/{'a' * 64}")
+    store.put(stored, shard)
+    filesystem, path = raw(url, other.key)
+    for _ in range(2):
+        assert list(store.sizes()) == [stored.key]  # which is where a listing would be kept
+        with pytest.raises(NotFound):
+            list(store.blocks(other))
+        filesystem.pipe_file(path, b"theirs")
+        assert b"".join(store.blocks(other)) == b"theirs"
+        assert store.sizes(Kind.SAMPLES)[other.key] == 6
+        filesystem.rm_file(path)
+
+
+def test_an_object_of_several_parts_is_there_whole_or_not_at_all(url: str, stager: Stager, tmp_path: Path) -> None:
+    (path := tmp_path / "large").write_bytes(bytes(range(256)) * (20 << 12))
+    store, stored = ObjectStore(url), objects.describe_file(path, Kind.SAMPLES)
+    seen: list[str] = []
+
+    def look() -> None:
+        seen.extend(stager.objects.sizes(Kind.SAMPLES))
+        with pytest.raises(NotFound):
+            list(stager.objects.blocks(stored))
+
+    assert store.put(stored, path, look)
+    assert seen == []
+    assert stager.stage(stored).read_bytes() == path.read_bytes()
+
+
+def test_what_a_storage_must_be_able_to_do_is_proved_and_leaves_nothing(url: str) -> None:
+    store = ObjectStore(url)
+    store.prove()
+    assert store.sizes() == {}
+
+
+def test_threads_share_a_store(url: str, stager: Stager, tmp_path: Path) -> None:
+    paths = [tmp_path / f"shard-{number}" for number in range(8)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number]) * 100_000)
+    found = [objects.describe_file(path, Kind.SAMPLES) for path in (*paths, *paths)]
+    store = ObjectStore(url)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(store.put, found, (*paths, *paths)))
+        staged = list(pool.map(stager.stage, found[:8]))
+    assert [path.read_bytes() for path in staged] == [path.read_bytes() for path in paths]
+    assert store.sizes() == {stored.key: stored.bytes for stored in found[:8]}
 
 
 def test_a_put_that_is_stopped_shows_nothing(url: str, stager: Stager, shard: Path) -> None:

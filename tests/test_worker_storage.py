@@ -1,4 +1,5 @@
-"""tided and a worker on two hosts that share Redis and a storage, mounted at different paths, and no directory else."""
+"""tided and a worker on two hosts that share Redis and a storage, and no directory else: one that is mounted at different paths, or a
+bucket of a real S3 server."""
 
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+import fsspec
 import pytest
 
 from tests.conftest import Valkey
@@ -29,8 +31,9 @@ from tided.store.objects import Kind, ObjectStore
 from tided.store.samples import Split
 from tided.worker.staging import Staging
 
-pytest_plugins = ("tests.tiny_fixtures",)
+pytest_plugins = ("tests.tiny_fixtures", "tests.s3_fixtures")
 pytestmark = pytest.mark.real
+either_storage = pytest.mark.parametrize("hosts", ["file", "s3"], indirect=True)
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -92,20 +95,27 @@ class Hosts:
     def there(self, kind: str = "") -> list[str]:
         return sorted(ObjectStore(self.storage).sizes(kind))
 
+    def change(self, key: str, change: Callable[[bytes], bytes]) -> None:
+        """As a disk that rots, or somebody else, does."""
+        filesystem, root = fsspec.url_to_fs(self.storage, skip_instance_cache=True)
+        filesystem.pipe_file(f"{root}/{key}", change(filesystem.cat_file(f"{root}/{key}")))
+
     def cached(self, name: str = "w1") -> list[str]:
         return sorted(path.name for path in (self.worker / name / "cache").glob("[!.]*"))
 
 
 @pytest.fixture
-def hosts(valkey: Valkey, tmp_path: Path, target: Path, first: Path) -> Iterator[Hosts]:
+def hosts(request: pytest.FixtureRequest, valkey: Valkey, tmp_path: Path, target: Path, first: Path) -> Iterator[Hosts]:
     started: list[subprocess.Popen[bytes]] = []
     worker = tmp_path / "worker"
     worker.mkdir()
     (tmp_path / "mnt-tided").mkdir()
     (worker / "mnt").symlink_to(tmp_path / "mnt-tided")
     shutil.copytree(target, worker / "target")
-    storage = f"file://{worker}/mnt/storage"
-    config = settings(tmp_path / "tided", target, storage={"url": f"file://{tmp_path}/mnt-tided/storage"})
+    storage, storage_at_tided = f"file://{worker}/mnt/storage", f"file://{tmp_path}/mnt-tided/storage"
+    if getattr(request, "param", "file") == "s3":
+        storage = storage_at_tided = request.getfixturevalue("s3_url")
+    config = settings(tmp_path / "tided", target, storage={"url": storage_at_tided})
     store_samples(config, target, "e", 6, 3, 1)
 
     def start(
@@ -143,6 +153,7 @@ async def taken(control: Control, job: Job) -> Path:
     return await eventually(lambda: control.context.exchange.taken(result))
 
 
+@either_storage
 async def test_a_worker_with_no_shared_path_does_a_job(
     hosts: Hosts, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +211,7 @@ async def test_samples_stay_a_while_for_the_next_job_and_nothing_for_ever(
         assert hosts.there() == []
 
 
+@either_storage
 @pytest.mark.parametrize("failpoint", ["objects.writing", "objects.written"])
 async def test_a_worker_killed_during_its_upload_leaves_nothing_that_counts(
     hosts: Hosts, first: Path, monkeypatch: pytest.MonkeyPatch, failpoint: str
@@ -208,7 +220,7 @@ async def test_a_worker_killed_during_its_upload_leaves_nothing_that_counts(
         job = await control.context.submit(hosts.spec(control, first), 3, "job-1")
         doomed = hosts.start("w1", failpoint=failpoint, lease_s=3.0)
         await eventually(lambda: doomed.poll() is not None)
-        assert len(hosts.there("tmp")) == 1
+        assert len(hosts.there("tmp")) == (1 if hosts.storage.startswith("file:") else 0)
         assert f"drafts/{hosts.result}" not in hosts.there()
         hosts.start("w2")
         done = await ended(control, job)
@@ -220,15 +232,13 @@ async def test_a_worker_killed_during_its_upload_leaves_nothing_that_counts(
         assert hosts.there("tmp") == []
 
 
+@either_storage
 async def test_an_object_that_was_changed_is_refused_and_put_there_again(hosts: Hosts, first: Path) -> None:
     async with hosts.tided() as control:
         job = await control.context.submit(hosts.spec(control, first), 3, "job-1")
         (shard,) = [stored for stored in job.spec.objects if stored.path in job.spec.shards]
-        place = hosts.worker / "mnt" / "storage" / shard.key
-        await eventually(lambda: place.exists() and len(hosts.there()) == 3)
-        content = bytearray(place.read_bytes())
-        content[-1] ^= 1
-        place.write_bytes(content)
+        await eventually(lambda: shard.key in hosts.there() and len(hosts.there()) == 3)
+        hosts.change(shard.key, lambda content: content[:-1] + bytes([content[-1] ^ 1]))
         hosts.start()
 
         async def failed() -> Job | None:
@@ -268,8 +278,7 @@ async def test_a_result_that_was_changed_fails_the_training_and_nothing_else(hos
         hosts.start()
         done = await ended(control, job)
         assert done.result is not None
-        place = hosts.worker / "mnt" / "storage" / f"drafts/{hosts.result}"
-        place.write_bytes(place.read_bytes()[:-1])
+        hosts.change(f"drafts/{hosts.result}", lambda content: content[:-1])
 
         def refused() -> str:
             assert done.result is not None

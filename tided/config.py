@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    field_serializer,
     model_validator,
 )
 
@@ -148,12 +149,17 @@ class StorageConfig(_Section):
     """Where tided and its workers hand samples, drafts and reference states over to each other.
 
     `url` empty: nothing is handed over; workers and engines see `daemon.state_dir` under the same path. `options` go to the filesystem of
-    the URL's scheme. `cache_bytes` bounds what a worker, and tided for itself, keeps of it on the own disk.
+    the URL's scheme; they may hold credentials, so only their names are ever shown. `cache_bytes` bounds what a worker, and tided for
+    itself, keeps of it on the own disk.
     """
 
     url: SecretStr = SecretStr("")
-    options: dict[str, Any] = {}
+    options: Annotated[dict[str, Any], Field(repr=False)] = {}
     cache_bytes: Bytes = 8 * 1024 * 1024 * 1024
+
+    @field_serializer("options")
+    def _hide(self, options: dict[str, Any]) -> dict[str, str]:
+        return dict.fromkeys(options, "**********")
 
     @property
     def is_shared(self) -> bool:
@@ -462,7 +468,7 @@ def _problem(error: Any, above: tuple[str, ...] = ()) -> str:
         return f"{key}: unknown key{_nearest(location)}"
     if error["type"] == "value_error":
         return f"{key}: {error['ctx']['error']}"
-    got = "" if error["type"] == "missing" or "url" in location else f", got {error['input']!r}"
+    got = "" if error["type"] == "missing" or {"url", "options"} & set(location) else f", got {error['input']!r}"
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}{got}"
 
 

@@ -25,6 +25,7 @@ from tided.config import Config, check_plugins, load
 from tided.model.errors import ConfigError, InvariantBroken, TideError
 from tided.services.context import Context
 from tided.services.controller import Controller
+from tided.services.exchange import open_storage
 from tided.services.leadership import Leadership
 from tided.services.plane import ControlPlane
 from tided.services.processes import keep_collector, keep_valkey
@@ -166,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = load(options.config) if options.config else Config()
         check_plugins(config, str(options.config or "defaults"))
+        open_storage(config.storage)
         if options.check:
             sys.stdout.write(json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
             return

@@ -112,7 +112,8 @@ async def _tided(controller: Controller) -> list[Check]:
     )
     if context.config.storage.is_shared:
         found, problem = await context.exchange.contents()
-        checks.append(_check("storage", not problem, problem or found, "check storage.url, and that it can be written"))
+        advice = "check storage.url, its credentials, and that they may list, read, write and remove there"
+        checks.append(_check("storage", not problem, problem or found, advice))
     return checks
 
 

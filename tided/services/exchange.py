@@ -19,7 +19,7 @@ import anyio.from_thread
 import anyio.to_thread
 import structlog
 
-from tided.config import Config
+from tided.config import Config, StorageConfig
 from tided.draft.cache import Cache
 from tided.model.errors import NotFound, Refused, TideError, Unavailable
 from tided.model.records import Job, JobKind, JobResult, JobSpec, JobState, StoredObject
@@ -44,16 +44,18 @@ _UNFINISHED = (JobState.QUEUED, JobState.RUNNING)
 _log = structlog.get_logger()
 
 
+def open_storage(storage: StorageConfig) -> ObjectStore | None:
+    """None when there is none. Raises `ConfigError` for one that cannot be opened on this host."""
+    return ObjectStore(storage.url.get_secret_value(), storage.options) if storage.is_shared else None
+
+
 class Exchange:
     """`lend` and `taken` are called by whoever submits a job and takes its result; `run` does the work behind them."""
 
     def __init__(self, config: Config, jobs: JobStore, drafts: DraftStore, leadership: Leadership) -> None:
         """Raises `ConfigError` for a storage that cannot be opened."""
-        storage = config.storage
-        self._stager: Stager | None = None
-        if storage.is_shared:
-            opened = ObjectStore(storage.url.get_secret_value(), storage.options)
-            self._stager = Stager(opened, Cache(config.cache_dir, storage.cache_bytes))
+        opened = open_storage(config.storage)
+        self._stager = Stager(opened, Cache(config.cache_dir, config.storage.cache_bytes)) if opened else None
         self._jobs, self._drafts, self._leadership = jobs, drafts, leadership
         self._references = ReferenceStore(config.references_dir)
         self._described: dict[str, StoredObject] = {}
@@ -93,11 +95,12 @@ class Exchange:
         return None
 
     async def contents(self) -> tuple[str, str]:
-        """What is in the storage, in words, and why that, or the last look at it, failed, or ""."""
+        """What is in the storage, in words, and why that, a write there, or the last look at it failed, or ""."""
         if self._stager is None:
             return "", ""
         store = self._stager.objects
         try:
+            await anyio.to_thread.run_sync(store.prove)
             sizes = await anyio.to_thread.run_sync(store.sizes)
         except Unavailable as exc:
             return "", str(exc)

@@ -69,8 +69,8 @@ class Cause(StrEnum):
 class Scouting:
     """`drifts`: of the target's, how many were looked at; `answered`: how many, when a pooled draft was gone back to last. `since_ms`:
     from then on samples count, or deployments are the switch's. `asked_ms`: when drafts were to be scored last. `job`: that score.
-    `serving`: the draft that the others are compared with, which scored `over`; `winner`: the one that is switched to; `moved`: the head
-    is on it."""
+    `heard`: the newest score that told a drift from a fault. `serving`: the draft that the others are compared with, which scored `over`;
+    `winner`: the one that is switched to; `moved`: the head is on it."""
 
     domains: Domains = field(default_factory=Domains)
     stage: Stage = Stage.IDLE
@@ -81,6 +81,7 @@ class Scouting:
     deadline_ms: int = 0
     asked_ms: int = 0
     job: str = ""
+    heard: str = ""
     serving: str = ""
     over: float = 0.0
     winner: str = ""
@@ -173,7 +174,12 @@ class Scout:
             # Samples of since the drift was noted, not since it was looked at: some may be there already.
             asking = self._asking(scouting, cause, collection.since_ms, now_ms)
             answer = await self._answer(pool, serving.version)
-            return replace(asking, stage=Stage.SCORING, job=answer, serving=serving.version) if answer else asking
+            return _told(asking, answer, serving.version) if answer else asking
+        if collection.drifting and others:  # it may have fallen again: the traffic has moved on
+            answer = await self._answer(pool, serving.version)
+            if answer not in ("", scouting.heard):
+                asking = self._asking(scouting, Cause.UNANSWERED, collection.since_ms, now_ms)
+                return _told(asking, answer, serving.version)
         since_asked_ms, every_ms = now_ms - scouting.asked_ms, self._shadow_every_ms(pool)
         if every_ms and since_asked_ms >= every_ms:
             return self._asking(scouting, Cause.SHADOW, now_ms, now_ms)
@@ -425,6 +431,11 @@ def choose(serving: Evaluation, scores: Sequence[Evaluation], config: gate.GateC
     better = [(score, decision) for score, decision in decisions if decision.verdict is gate.Verdict.PASS]
     winner = max(better, key=lambda pair: pair[1].gain, default=None)
     return Choice(winner[0] if winner is not None else None, decisions)
+
+
+def _told(asking: Scouting, answer: str, serving: str) -> Scouting:
+    """The question, with a score that has been made already."""
+    return replace(asking, stage=Stage.SCORING, job=answer, heard=answer, serving=serving)
 
 
 def _hold(pool: Pool, scouting: Scouting) -> str:

@@ -1,8 +1,8 @@
 """The storage that tided and its workers share, on any host: an fsspec filesystem with content-addressed objects.
 
 An object's key is KIND/SHA256 (or `drafts/VERSION`, which is the same), so that putting it twice is putting it once, and whoever
-takes it knows whether it is whole. It appears under its key by a move, after all of it was written; what a dead process was writing
-stays below `tmp/`, for the leader to sweep.
+takes it knows whether it is whole. It appears under its key after all of it was written: in a bucket as its upload completes, in a
+directory by a move from below `tmp/`, where what a dead process was writing stays for the leader to sweep.
 """
 
 import hashlib
@@ -10,10 +10,11 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from tided.draft import bundle
 from tided.draft.cache import Cache
@@ -58,13 +59,13 @@ def kind_of(stored: StoredObject) -> Kind:
 
 
 class ObjectStore:
-    """Calls block on the network: make them in a thread. All raise `Unavailable` when the storage fails."""
+    """Calls block on the network: make them in a thread, any number at a time. All raise `Unavailable` when the storage fails."""
 
     def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
         """Raises `ConfigError` for a URL that this host's fsspec cannot open."""
         self.shown = _shown(url)
         try:
-            self._fs, root = fsspec.url_to_fs(url, **(options or {}))
+            self._fs, root = _opened(url, options or {})
         except (ImportError, ValueError, TypeError) as exc:
             raise ConfigError(f"storage.url {self.shown}: {exc}") from exc
         self._root: str = root.rstrip("/")
@@ -74,50 +75,91 @@ class ObjectStore:
         if self._size(stored.key) == stored.bytes:
             return False
         blocks = bundle.blocks(source) if kind_of(stored) is Kind.DRAFTS else _file_blocks(source)
-        temporary = self._path(f"{TEMPORARY}/{new_id('put')}")
-        try:
-            with self._translated(stored.key):
-                self._fs.makedirs(self._path(TEMPORARY), exist_ok=True)
-                self._fs.makedirs(self._path(stored.key.partition("/")[0]), exist_ok=True)
-                with self._fs.open(temporary, "wb") as file:
-                    for block in blocks:
-                        check()
-                        file.write(block)
-                        failpoints.hit("objects.writing")
-                failpoints.hit("objects.written")
-                self._fs.mv(temporary, self._path(stored.key))
-        except BaseException:
-            with suppress(Exception):
-                self._fs.rm(temporary)
-            raise
+        with self._appearing(stored.key) as file:
+            for block in blocks:
+                check()
+                file.write(block)
+                failpoints.hit("objects.writing")
+            failpoints.hit("objects.written")
         return True
 
     def blocks(self, stored: StoredObject) -> Generator[bytes]:
         """The object's bytes, as they are there. Raises `NotFound`."""
-        with self._translated(stored.key), self._fs.open(self._path(stored.key), "rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                yield block
+        with self._translated(f"read {stored.key}"):
+            try:
+                with self._fs.open(self._path(stored.key), "rb") as file:
+                    while block := file.read(BLOCK_BYTES):
+                        yield block
+            except FileNotFoundError as exc:
+                raise NotFound(f"{self.shown}: there is no {stored.key}") from exc
 
     def sizes(self, kind: str = "") -> dict[str, int]:
         """Key -> bytes of all objects, or those of one kind, or below `TEMPORARY`."""
         root = self._path(kind) if kind else self._root
-        with self._translated(kind):
-            self._fs.invalidate_cache()
-            try:
-                found = self._fs.find(root, detail=True)
-            except FileNotFoundError:
-                return {}
+        with self._translated("list what is there"):
+            found = self._fs.find(root, detail=True)
         prefix = len(self._root) + 1
-        return {path[prefix:]: int(entry["size"] or 0) for path, entry in found.items()}
+        files = {path[prefix:]: entry for path, entry in found.items() if entry["type"] == "file"}
+        return {key: int(entry["size"] or 0) for key, entry in files.items() if key and not key.endswith("/")}
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is gone already is no error."""
-        with self._translated(key), suppress(FileNotFoundError):
-            self._fs.rm(self._path(key))
+        with self._translated(f"remove {key}"), suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(key))
+
+    def prove(self) -> None:
+        """Write, list, read and remove a few bytes. Raises `Unavailable`, which says what of it this host may not do."""
+        key, content = f"{TEMPORARY}/{new_id('proof')}", b"tided"
+        with self._appearing(key) as file:
+            file.write(content)
+        there = self.sizes(TEMPORARY).get(key)
+        with self._translated(f"read {key}"):
+            read = self._fs.cat_file(self._path(key))
+        self.delete(key)
+        if (there, read) != (len(content), content):
+            raise Unavailable(f"{self.shown}: what was written is not what is there")
+
+    @contextmanager
+    def _appearing(self, key: str) -> Generator[IO[bytes]]:
+        """A file that is there under `key`, whole, when the block ends, and not at all when it raises.
+
+        To write beside and to move is wrong for a bucket: the move is a copy, by requests that not all servers know, and of which
+        s3fs leaves the parts when it fails. fsspec's own transactions are wrong for a directory: they write to /tmp, and copy.
+        """
+        with self._translated(f"write {key}"):
+            if isinstance(self._fs, LocalFileSystem):
+                yield from self._moved(key)
+            else:
+                yield from self._committed(key)
+
+    def _moved(self, key: str) -> Generator[IO[bytes]]:
+        temporary = self._path(f"{TEMPORARY}/{new_id('put')}")
+        try:
+            for path in (temporary, self._path(key)):
+                self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            with self._fs.open(temporary, "wb") as file:
+                yield file
+            self._fs.mv(temporary, self._path(key))
+        except BaseException:
+            with suppress(Exception):
+                self._fs.rm_file(temporary)
+            raise
+
+    def _committed(self, key: str) -> Generator[IO[bytes]]:
+        file = self._fs.open(self._path(key), "wb", autocommit=False)
+        try:
+            yield file
+            file.close()
+            file.commit()
+        except BaseException:
+            with suppress(Exception):
+                file.discard()
+            with suppress(AttributeError):
+                file.closed = True  # or it would go on writing what it holds when it is collected
+            raise
 
     def _size(self, key: str) -> int:
-        with self._translated(key):
-            self._fs.invalidate_cache()
+        with self._translated(f"look for {key}"):
             try:
                 return int(self._fs.info(self._path(key))["size"])
             except FileNotFoundError:
@@ -127,16 +169,32 @@ class ObjectStore:
         return f"{self._root}/{key}"
 
     @contextmanager
-    def _translated(self, key: str) -> Generator[None]:
+    def _translated(self, doing: str) -> Generator[None]:
+        self._fs.invalidate_cache()  # of listings: other hosts write, too
         try:
             yield
         except (TideError, GeneratorExit):
             raise
-        except FileNotFoundError as exc:
-            raise NotFound(f"{self.shown}: there is no {key}") from exc
         except Exception as exc:  # a filesystem is a plugin, and raises what it likes
-            detail = getattr(exc, "strerror", None) or type(exc).__name__
-            raise Unavailable(f"{self.shown}: {key or 'the storage'} cannot be reached ({detail})") from exc
+            raise Unavailable(f"{self.shown}: cannot {doing} ({_why(exc)})") from exc
+
+
+def _opened(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """The filesystem (of partial types) and the path in it."""
+    if not url.startswith(("s3://", "s3a://")):
+        return fsspec.url_to_fs(url, **options)
+    try:
+        from tided.store import s3
+    except ImportError as exc:
+        raise ImportError("it needs s3fs: pip install 'tided[s3]'") from exc
+    return s3.open_filesystem(url, options)
+
+
+def _why(exc: Exception) -> str:
+    """In few words, and none that could hold a URL."""
+    if isinstance(exc, PermissionError | FileNotFoundError):
+        return exc.strerror or str(exc) or type(exc).__name__
+    return (exc.strerror if isinstance(exc, OSError) else None) or type(exc).__name__
 
 
 class Stager:

@@ -62,8 +62,8 @@ class WorkerSettings:
     heartbeat_ttl_s: float = 10.0
     silence_s: float = 120.0  # a trainer that says nothing for so long hangs
     trainer: tuple[str, ...] = TRAINER
-    storage_url: str = ""
-    storage_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    storage_url: str = field(default="", repr=False)
+    storage_options: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
     cache_bytes: int = 8 << 30
     targets: tuple[Path, ...] = ()
 
