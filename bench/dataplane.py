@@ -3,8 +3,8 @@
     python -m bench.dataplane [one|two|volatile|ring ...] [--turns 5] [--megabytes 2048]
 
 Processes as in production: this one is the producer (rows of gpt-oss-120b's size), Valkey, and a collector that writes fsynced shards. A
-turn ends when the last row is acknowledged, and is so long that what its last shard waits for (more rows, then the disk) hardly counts; arms
-take turns. Nothing is shed: the producer waits for the tap's ring.
+turn ends when the last row is acknowledged, and is so long that what its last shard waits for (more rows, then the disk) hardly counts.
+Arms take turns. Nothing is shed: the producer waits for the tap's ring.
 
     one       one engine, one Valkey with its append-only file, one tided-collector
     two       two of each, every engine with a Valkey and a collector of its own, which share this machine
