@@ -1,9 +1,10 @@
 """The data plane end to end: tap -> publisher -> Valkey -> collector -> shard on disk, against memcpy in the same run.
 
-    python -m bench.dataplane [one|two|volatile|ring ...] [--turns 7] [--megabytes 512]
+    python -m bench.dataplane [one|two|volatile|ring ...] [--turns 5] [--megabytes 2048]
 
 Processes as in production: this one is the producer (rows of gpt-oss-120b's size), Valkey, and a collector that writes fsynced shards. A
-turn ends when the last row is acknowledged; arms take turns. Nothing is shed: the producer waits for the tap's ring.
+turn ends when the last row is acknowledged, and is so long that what its last shard waits for (more rows, then the disk) hardly counts.
+Arms take turns. Nothing is shed: the producer waits for the tap's ring.
 
     one       one engine, one Valkey with its append-only file, one tided-collector
     two       two of each, every engine with a Valkey and a collector of its own, which share this machine
@@ -251,8 +252,8 @@ def _words(found: Interval) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The data plane end to end, against memcpy.")
     parser.add_argument("arms", nargs="*", type=one_of(ARMS), default=list(ARMS))
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--megabytes", type=int, default=512)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--megabytes", type=int, default=2048)
     options = parser.parse_args()
     publish("dataplane", claims_of(*asyncio.run(measure(options.arms, options.turns, options.megabytes))), keep=True)
 

@@ -23,7 +23,15 @@ from tests.tiny import make_target
 from tided.model.records import LatencyProfile
 
 PROFILE = {"tokens": [1, 5], "target_s": [0.04, 0.05], "batches": [1], "draft_s": [0.004]}
-PLAN = Plan(run_s=600.0, min_rows=1, gate_requests=15, gate_tokens=1, held_out=0.25)
+PLAN = Plan(
+    run_s=600.0,
+    min_rows=1,
+    gate_requests=15,
+    gate_tokens=1,
+    held_out=0.25,
+    lengths=(2.17, 2.44, 2.72),
+    trained_per_s=805.0,
+)
 
 
 def engine(request_s: float, seconds: float, steps: int = 0) -> dict[str, Any]:
