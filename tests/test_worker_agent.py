@@ -371,7 +371,10 @@ async def test_one_that_is_started_for_a_job_does_one_of_any_kind_and_ends(
 
 
 async def test_one_that_finds_no_job_ends(start: Start, jobs: JobStore, valkey: Valkey) -> None:
-    idle, cut_off = start("w1", ends=(1, 0.5)), start("w2", ends=(1, 0.5), url="unix:///nowhere/valkey.sock")
+    idle, cut_off = (
+        start("w1", ends=(1, 0.5)),
+        start("w2", lease_s=SHORT_S, ends=(1, 0.5), url="unix:///nowhere/valkey.sock"),
+    )
     await eventually(lambda: (idle.poll(), cut_off.poll()) == (0, 6))
     assert not valkey.client.exists(keys.worker("w1"))
 

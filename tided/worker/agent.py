@@ -138,8 +138,9 @@ class Agent:
             await self._sweep()
 
     def _has_idled(self) -> bool:
-        idle_s = self._settings.idle_s
-        return idle_s > 0 and not self._running and time.monotonic() - self._idle_since_s >= idle_s
+        """Redis may be away for a lease longer."""
+        idle_s, away_s = self._settings.idle_s, 0.0 if self._reachable else self._settings.lease_s
+        return idle_s > 0 and not self._running and time.monotonic() - self._idle_since_s >= idle_s + away_s
 
     async def _claim(self, kinds: Sequence[JobKind]) -> Claim | None:
         """A job to do, if there is one. A claim whose answer is lost comes back to the queue when its lease ends."""
@@ -207,6 +208,8 @@ class Agent:
             url = shown(self._settings.redis_url)
             (_log.info if reachable else _log.warning)("redis", url=url, reachable=reachable, why=why)
             notify(f"STATUS={'ready' if reachable else f'waiting for Redis at {url}'}")
+        if reachable and not self._reachable:
+            self._idle_since_s = time.monotonic()
         self._reachable = self._told_reachable = reachable
 
     def _info(self) -> WorkerInfo:
