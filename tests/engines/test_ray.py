@@ -99,10 +99,8 @@ async def test_a_launch_runs_once_and_its_end_is_known(subject: Subject) -> None
     assert (await subject.ended("contract-1.1")).state is LaunchState.SUCCEEDED
     await launcher.submit("contract-1.2", LOST)
     failed = await subject.ended("contract-1.2")
-    assert (failed.state, failed.message) == (
-        LaunchState.FAILED,
-        "Job entrypoint command failed with exit code 3: all is lost",
-    )
+    assert failed.state is LaunchState.FAILED
+    assert "failed with exit code 3" in failed.message  # what follows are the log's last lines, if Ray has them already
     assert failed.ended_ms > (await launcher.states())["contract-1.1"].ended_ms > 0
     await launcher.cancel("contract-1.2")
     for launch_id in ("contract-1.1", "contract-1.2", "contract-1.2", "never-was"):
