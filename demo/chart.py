@@ -5,12 +5,12 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from demo.record import Record
+from demo.record import DRIFT, SWAPPED, TRAINING, Record
 
 MARKS = {
-    "draft-swapped": ("new draft", "tab:green"),
-    "drift-detected": ("drift", "tab:red"),
-    "training-started": ("training", "tab:gray"),
+    SWAPPED: ("new draft", "tab:green"),
+    DRIFT: ("drift", "tab:red"),
+    TRAINING: ("training", "tab:gray"),
 }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+DRIFT, TRAINING, SWAPPED = "drift-detected", "training-started", "draft-swapped"
 RECENT = 6
 """Measurement pairs that a current figure is the median of."""
 
@@ -58,6 +59,16 @@ class Record:
     def first(self, kind: str, phase: int) -> Happening | None:
         """The first event of a kind in a phase."""
         return next((seen for seen in self.happenings if seen.kind == kind and seen.phase == phase), None)
+
+    def adapted(self, phase: int) -> Happening | None:
+        """The first draft that was swapped in and trained on a phase's traffic: from phase 2 on, its training began after the drift."""
+        awaited = [TRAINING, SWAPPED] if phase == 1 else [DRIFT, TRAINING, SWAPPED]
+        for seen in self.happenings:
+            if seen.phase == phase and seen.kind == awaited[0]:
+                awaited.pop(0)
+                if not awaited:
+                    return seen
+        return None
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON."""

@@ -17,7 +17,6 @@ from bench.control import Control, moment
 from bench.load import NO_CAPTURE, NO_DRAFT, Traffic, ask, client
 from bench.traffic import DOMAINS, Prompt, Split
 from demo.record import Happening, Record, Turn
-from demo.summary import DRIFT, SWAPPED
 from demo.view import View
 from tided.config import Config
 from tided.local import LocalStack, services
@@ -142,15 +141,9 @@ class Demo:
             await traffic.pause()
             for prompt in itertools.islice(measure, plan.turns):
                 await self._turn(prompt, url, control)
-                after += int(self._done(index + 1))
+                after += int(self.record.adapted(index + 1) is not None)
             if self._at_s >= plan.ends_s[index] or (plan.ends_early and after >= plan.turns_after):
                 return
-
-    def _done(self, phase: int) -> bool:
-        """What a phase waits for has happened."""
-        return self.record.first(SWAPPED, phase) is not None and (
-            phase == 1 or self.record.first(DRIFT, phase) is not None
-        )
 
     async def _turn(self, prompt: Prompt, url: str, control: Control) -> None:
         """The prompt twice, alone on the engine: as tided drafts, and with drafting off; the order alternates."""

@@ -1,20 +1,19 @@
 """What the demo showed, in plain words, and whether it showed what it promises."""
 
-from demo.record import Record, accept_length, rates, ratio
+from demo.record import DRIFT, Record, accept_length, rates, ratio
 
-SWAPPED, DRIFT = "draft-swapped", "drift-detected"
 FIRST_SWAP_S = 300.0
 
 
 def promises(record: Record) -> list[tuple[str, bool]]:
     """Each thing that the demo must show, and whether it did."""
-    first = record.first(SWAPPED, 1)
+    first = record.adapted(1)
     gained = ratio(record.recent(1))
     return [
         ("a first trained draft, through its gate, within 5 minutes", first is not None and first.at_s <= FIRST_SWAP_S),
         ("faster than without speculation at the end of phase 1", gained is not None and gained > 1.0),
         ("drift was seen in phase 2", record.first(DRIFT, 2) is not None),
-        ("a second version was swapped in phase 2", record.first(SWAPPED, 2) is not None),
+        ("a draft for the new traffic was swapped in phase 2", record.adapted(2) is not None),
         ("no request failed", record.errors == 0),
     ]
 
@@ -25,7 +24,7 @@ def summary(record: Record) -> str:
     for index, (name, began_s) in enumerate(record.phases, 1):
         recent = record.recent(index)
         speeds, length = rates(recent), accept_length(recent)
-        swap, drift = record.first(SWAPPED, index), record.first(DRIFT, index)
+        swap, drift = record.adapted(index), record.first(DRIFT, index)
         lines.append(f"Phase {index}, {name}:")
         if drift is not None and index > 1:
             lines.append(f"  drift was seen {drift.at_s - began_s:.0f} s after the traffic changed.")

@@ -28,7 +28,9 @@ def record() -> Record:
         Happening(40, 1, "training-started", "training-started: cold"),
         Happening(95, 1, "draft-swapped", "draft-swapped: d@1"),
         Happening(230, 2, "drift-detected", "drift-detected: acceptance fell"),
-        Happening(300, 2, "draft-swapped", "draft-swapped: d@2"),
+        Happening(260, 2, "draft-swapped", "draft-swapped: d@2"),  # its training began in phase 1
+        Happening(265, 2, "training-started", "training-started: drift"),
+        Happening(300, 2, "draft-swapped", "draft-swapped: d@3"),
     ]
     timeline = [{"at_s": float(i), "gammas": [0 if i < 95 else 3, 0]} for i in range(300)]
     return Record([("Python coding", 0.0), ("French customer service", 200.0)], turns, happenings, timeline)
@@ -53,7 +55,7 @@ def test_the_summary_tells_what_happened_in_plain_words() -> None:
 
 def test_a_promise_that_was_not_kept_is_said() -> None:
     late = record()
-    late.happenings = [Happening(310, 1, "draft-swapped", "late")]
+    late.happenings = [Happening(40, 1, "training-started", "cold"), Happening(310, 1, "draft-swapped", "late")]
     late.errors = 1
     assert [kept for _, kept in promises(late)] == [False, True, False, False, False]
     assert "no new draft passed its gate" in summary(late)
