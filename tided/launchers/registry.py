@@ -18,13 +18,8 @@ ASK_S = 60.0
 def launcher_for(config: LauncherConfig) -> Launcher:
     """Raises `Refused` for a name that nothing provides, or a plugin that cannot be loaded or made: it names the package."""
     plugin = plugins.find(plugins.LAUNCHERS, config.kind)
-    make = plugin.load()
-    if plugin.own:
-        return make(config)
-    try:
-        return GuardedLauncher(make(config), plugin)
-    except Exception as exc:
-        raise plugin.failed("making the launcher", exc) from exc
+    launcher = plugin.made("launcher", config)
+    return launcher if plugin.own else GuardedLauncher(launcher, plugin)
 
 
 class GuardedLauncher:

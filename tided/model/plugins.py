@@ -44,6 +44,16 @@ class Plugin:
         except (Exception, SystemExit) as exc:
             raise Refused(f"{self} cannot be loaded: {said(exc)}; mend or uninstall it and restart tided") from exc
 
+    def made(self, what: str, config: Any) -> Any:
+        """What it makes of its configuration. Raises `Refused` that names it; what is our own raises what it raises."""
+        make = self.load()
+        try:
+            return make(config)
+        except Exception as exc:
+            if self.own:
+                raise
+            raise self.failed(f"making the {what}", exc) from exc
+
     def failed(self, what: str, exc: BaseException) -> Refused:
         """The error to raise for anything that came out of a call to it."""
         return Refused(f"{self}: {what} failed: {said(exc)}")

@@ -15,13 +15,8 @@ def policy_for(config: SpeculationConfig) -> SpeculationPolicy[Any]:
     Raises `Refused` for a name that nothing provides, or one whose plugin cannot be loaded or made: it names the package.
     """
     plugin = plugins.find(plugins.POLICIES, config.policy)
-    make = plugin.load()
-    if plugin.own:
-        return make(config)
-    try:
-        return GuardedPolicy(make(config), plugin)
-    except Exception as exc:
-        raise plugin.failed("making the policy", exc) from exc
+    policy = plugin.made("policy", config)
+    return policy if plugin.own else GuardedPolicy(policy, plugin)
 
 
 class GuardedPolicy:
