@@ -245,9 +245,14 @@ def test_options_that_nothing_knows_are_refused_at_once(options: dict[str, Any])
 
 def test_a_configuration_that_is_shown_has_no_secret_in_it(tmp_path: Path) -> None:
     options = {"key": "k", "secret": SECRET, "client_kwargs": {"aws_session_token": SECRET}}
-    table = {"storage": {"url": f"s3://me:{SECRET}@bucket/tided", "options": options}}
+    environment = {"runtime_env": {"env_vars": {"TOKEN": SECRET}}}
+    table = {
+        "storage": {"url": f"s3://me:{SECRET}@bucket/tided", "options": options},
+        "launcher": {"options": environment},
+    }
     config = parse(table, "f")
     assert config.storage.options == options
+    assert config.launcher.options == environment
     assert SECRET not in repr(config) + str(config.storage) + config.model_dump_json()
     assert list(config.model_dump()["storage"]["options"]) == list(options)
     with pytest.raises(ConfigError) as refused:

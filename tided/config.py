@@ -17,9 +17,9 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     SecretStr,
     ValidationError,
-    field_serializer,
     model_validator,
 )
 
@@ -31,6 +31,14 @@ Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Bytes = Annotated[int, Field(ge=1)]
+
+
+def _hidden(options: dict[str, Any]) -> dict[str, str]:
+    return dict.fromkeys(options, "**********")
+
+
+Options = Annotated[dict[str, Any], Field(repr=False), PlainSerializer(_hidden)]
+"""Of somebody else's: they may hold credentials, so only their names are ever shown."""
 
 
 def _name(value: str) -> str:
@@ -154,12 +162,8 @@ class StorageConfig(_Section):
     """
 
     url: SecretStr = SecretStr("")
-    options: Annotated[dict[str, Any], Field(repr=False)] = {}
+    options: Options = {}
     cache_bytes: Bytes = 8 * 1024 * 1024 * 1024
-
-    @field_serializer("options")
-    def _hide(self, options: dict[str, Any]) -> dict[str, str]:
-        return dict.fromkeys(options, "**********")
 
     @property
     def is_shared(self) -> bool:
@@ -183,7 +187,7 @@ class SpeculationConfig(_Section):
     """
 
     policy: str = "threshold"
-    options: dict[str, Any] = {}
+    options: Options = {}
     gamma_max: Annotated[int, Field(ge=0, le=8)] = 4
     margin: Annotated[float, Field(ge=0, le=1)] = 0.03
     hysteresis: Annotated[float, Field(ge=0, le=1)] = 0.03
@@ -308,7 +312,7 @@ class LauncherConfig(_Section):
     started there, to which flags are added. `cpus` is asked of the scheduler for each, and `devices` if `device` is not "cpu"; with
     `memory_bytes` (of each, 0: not known) they are what such a worker says that it has. `after_s`: a job that waits so long gets a
     worker of its own although one that is registered could do it. `idle_s`: a launched worker that finds no job for so long ends.
-    `options` are handed to the scheduler with each submission.
+    `options` are handed to the scheduler with each submission; of these too only the names are ever shown.
     """
 
     kind: str = ""
@@ -323,7 +327,7 @@ class LauncherConfig(_Section):
     max_workers: Annotated[int, Field(ge=1, le=64)] = 1
     after_s: Annotated[float, Field(ge=0)] = 10.0
     idle_s: Seconds = 60.0
-    options: dict[str, Any] = {}
+    options: Options = {}
 
 
 def _listed(value: Any) -> Any:
