@@ -1,6 +1,6 @@
 """On an accelerator: the trainer's use of it at the size of a large target, FSDP2 on one device, and what the tap costs an engine there.
 
-`python -m bench.device [trainer] [fsdp] [tap]` writes build/bench/device.json; figures of lent machines are kept under bench/results/.
+`python -m bench.device [PART...]` writes build/bench/device.json; figures of lent machines are kept under bench/results/.
 Weights are random, with Llama-3.1-8B's sizes (the tap's target has 16 of its 32 layers): what is measured is speed alone.
 """
 
@@ -11,8 +11,9 @@ import math
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,20 +27,27 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import tap
-from bench.report import Claim, at_least, at_most, median, one_of, show, write
+from bench.report import Claim, at_least, at_most, median, one_of, paired_ratio, show, write
 from bench.samples import Answer, write_shard
 from tided.draft import init
 from tided.draft.checkpoint import DraftConfig
 from tided.draft.eagle3 import Eagle3
+from tided.engine.device import kept
+from tided.engine.embedded import target as embedded
+from tided.engine.embedded.target import Target
+from tided.engine.publisher import Publisher
+from tided.engine.tap import Tap, TapSettings
 from tided.model.records import Recipe
+from tided.store.valkey import find_binary
 from tided.training import flash
 from tided.training.batches import Order
 from tided.training.data import Run
 from tided.training.loop import Loop, Objective
 from tided.training.losses import CandidateSampler, Frozen
 from tided.training.options import TrainOptions, options_for
+from tided.wire import keys
 
-PARTS = ("trainer", "fsdp", "tap")
+PARTS = ("trainer", "fsdp", "step", "tap")
 WORK = Path("build/device")
 LARGE = DraftConfig(
     hidden=4096,
@@ -55,14 +63,16 @@ LARGE = DraftConfig(
 )
 LAYERS, VOCAB = 16, 49_152  # of the target on disk; its tokenizer is the small model's
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-PACKS = (2048, 8192, 16_384)
+PACKS = (8192, 16_384)
 """Trained tokens a step."""
-MEASURED_S, WARM_UP_S = 10.0, 4.0
+MEASURED_S, WARM_UP_S = 8.0, 3.0
 PEAK = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12}
 """Dense BF16 operations a second by the vendor's data sheet, by the beginning of the device's name."""
 UTILISATION = 0.40
 PROMPTS = ANSWERS = (64, 960)  # tokens: uniform between
-TAP_PAIRS = {1: 12, 8: 12, 32: 12}
+STEP_BATCHES = (1, 8, 32)
+CONTEXT, STEPS, STEP_TURNS = 192, 200, 20
+TAP_PAIRS = {8: 10, 32: 10}
 
 
 def main() -> None:
@@ -78,6 +88,7 @@ def main() -> None:
     bodies = {
         "trainer": lambda: trainer(device, name, given.profile),
         "fsdp": lambda: fsdp(device),
+        "step": lambda: steps(device),
         "tap": lambda: taps(device),
     }
     for part in given.parts:
@@ -109,7 +120,7 @@ def trainer(device: torch.device, name: str, profiled: bool) -> list[Claim]:
         )
         with _attention(flash.available):
             claims += _rates(runs, frozen, options, peak)
-        if tokens == PACKS[1]:
+        if tokens == PACKS[0]:
             if profiled:
                 _profile(runs, frozen, options)
             with _attention(lambda *_: False):
@@ -125,7 +136,7 @@ def trainer(device: torch.device, name: str, profiled: bool) -> list[Claim]:
 def _rates(runs: Sequence[Run], frozen: Frozen, options: TrainOptions, peak: float) -> list[Claim]:
     tokens = options.batch_tokens
     _loop(runs, frozen, options, WARM_UP_S)
-    operations, candidates = _operations(runs, frozen, options)
+    operations, candidates = operations_of(runs, frozen, options)
     torch.get_device_module(options.device).reset_peak_memory_stats()
     loop = _loop(runs, frozen, options, MEASURED_S)
     rate = loop.at.tokens / loop.at.elapsed_s
@@ -166,7 +177,7 @@ def _new_draft(device: str) -> Eagle3:
     return draft
 
 
-def _operations(runs: Sequence[Run], frozen: Frozen, options: TrainOptions) -> tuple[float, int]:
+def operations_of(runs: Sequence[Run], frozen: Frozen, options: TrainOptions) -> tuple[float, int]:
     """Operations a trained token of all matrix products of a forward and its backward but attention's, as torch counts them; and how
     many tokens the softmax runs over."""
     sampler = CandidateSampler(runs, frozen, options.negatives)
@@ -175,7 +186,8 @@ def _operations(runs: Sequence[Run], frozen: Frozen, options: TrainOptions) -> t
     total = tokens = 0
     for batch in _first(Order(runs, [], options).batches(0), 2):
         batch.receive()
-        with FlopCounterMode(display=False) as counter:
+        # torch does not know flash kernels whose queries share keys; the plain attention's products are left out below.
+        with _attention(lambda *_: False), FlopCounterMode(display=False) as counter:
             objective(batch.packs[0][0], candidates).backward()
         counts = counter.get_flop_counts()["Global"]
         total += sum(count for operator, count in counts.items() if str(operator) in ("aten.mm", "aten.addmm"))
@@ -232,7 +244,7 @@ def _first(items: Iterator[Any], count: int) -> Iterator[Any]:
 
 
 @contextmanager
-def _attention(available: Any) -> Iterator[None]:
+def _attention(available: Any) -> Generator[None]:
     """With or without flash kernels."""
     before, flash.available = flash.available, available
     try:
@@ -258,7 +270,13 @@ def fsdp(device: torch.device) -> list[Claim]:
         "draft_dir": str(draft),
         "shards": [str(shard)],
         "budget_s": 600.0,
-        "options": {"device": device.type, "batch_tokens": 1024, "passes": 1, "validation_share": 0.0},
+        "options": {
+            "device": device.type,
+            "batch_tokens": 1024,
+            "passes": 1,
+            "validation_share": 0.0,
+            "learning_rate": 1e-4,  # of random samples nothing can be learned: at a large rate rounding decides
+        },
     }
     (WORK / "job.json").write_text(json.dumps(spec))
     runner = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
@@ -313,7 +331,8 @@ def target(device: torch.device) -> Path:
     for name in TOKENIZER:
         shutil.copy(Path("build/models/smollm2") / name, path)
     with torch.device(device):
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+        made: Any = LlamaForCausalLM(config)
+        made.to(torch.bfloat16).save_pretrained(path)
     return path
 
 
@@ -321,9 +340,141 @@ def target(device: torch.device) -> Path:
 
 
 def taps(device: torch.device) -> list[Claim]:
-    """`bench.tap` on the device."""
+    """`bench.tap` on the device: the embedded engine as a server. Its steps are launched kernel by kernel from Python, whose lock the
+    publisher wants as well."""
     claims = asyncio.run(tap.measure(target(device), TAP_PAIRS, device.type))
     return [replace(claim, id=f"device-{claim.id}") for claim in claims]
+
+
+def steps(device: torch.device) -> list[Claim]:
+    """Decode steps as vLLM and SGLang run them, a graph of kernels and one wait for the tokens, with and without a tap."""
+    served = Target(
+        target(device), dtype=torch.bfloat16, device=device.type, max_batch=max(STEP_BATCHES), max_context=2 * CONTEXT
+    )
+    claims = list[Claim]()
+    with tempfile.TemporaryDirectory(prefix="tided-device-") as directory, _valkey(Path(directory)) as url:
+        for batch in STEP_BATCHES:
+            step = _Step(served, batch)
+            taps = {name: _Tapped(served, url, name, pinned) for name, pinned in (("side", True), ("waits", False))}
+            found: dict[str, list[float]] = {"none": [], **{name: [] for name in taps}}
+            for turn in range(STEP_TURNS + 1):
+                for name in list(found) if turn % 2 else list(found)[::-1]:
+                    seconds = step.turn(taps.get(name))
+                    if turn:
+                        found[name].append(seconds)
+            shed = sum(tapped.close() for tapped in taps.values())
+            claims += costs_of(batch, found, shed)
+    return claims
+
+
+def costs_of(batch: int, found: dict[str, list[float]], shed: int) -> list[Claim]:
+    step_ms = 1000 * median(found["none"]) / STEPS
+    claims = [
+        Claim(
+            f"device-step-{batch}", f"a decode step of {batch} requests, {LAYERS} layers, without a tap", step_ms, "ms"
+        )
+    ]
+    for name, what in (
+        ("side", "lost by the tap"),
+        ("waits", "the same with a ring that is not pinned: each copy is waited for"),
+    ):
+        ratio = paired_ratio(found["none"], found[name])
+        lost = 100 * (1 - ratio.median)
+        words = f"steps/s of {batch} requests {what} (95% {100 * (1 - ratio.high):.1f}..{100 * (1 - ratio.low):.1f})"
+        id = f"device-tap-{name}-{batch}"
+        claims.append(at_most(id, words, lost, 2.0, "%") if name == "side" else Claim(id, words, lost, "%"))
+    return [*claims, at_most(f"device-tap-shed-{batch}", "rows shed meanwhile", shed, 0)]
+
+
+class _Step:
+    """One decode step of `batch` requests as a graph that is replayed: always the same position, always one token each."""
+
+    def __init__(self, served: Target, batch: int) -> None:
+        starts = [CONTEXT] * batch
+        ids = torch.zeros(batch, 1, dtype=torch.int64, device=served.device)
+        at = embedded.place(served.cache, 0, starts, 1, served.groups, served.dtype)
+        self._read = ids, at  # a graph does not keep what it reads
+        self._graph = torch.cuda.CUDAGraph()
+        before, embedded.place = (
+            embedded.place,
+            lambda *_: at,
+        )  # positions come from the host: none of it is part of a graph
+        try:
+            for _ in range(3):
+                served.logits(served.forward(ids, 0, starts)[:, :, -1])
+            torch.accelerator.synchronize()
+            with torch.inference_mode(), torch.cuda.graph(self._graph):
+                self._states = served.forward(ids, 0, starts)
+                self._best = served.logits(self._states[:, :, -1]).argmax(-1)
+        finally:
+            embedded.place = before
+
+    def turn(self, tapped: "_Tapped | None") -> float:
+        """Seconds of `STEPS` steps."""
+        began = time.perf_counter()
+        for step in range(STEPS):
+            self._graph.replay()
+            tokens = self._best.flatten().tolist()
+            if tapped is not None:
+                tapped.record(step, tokens, self._states)
+        return time.perf_counter() - began
+
+
+class _Tapped:
+    """A tap with its publisher, and a process that takes from the stream what is published."""
+
+    def __init__(self, served: Target, url: str, name: str, pinned: bool) -> None:
+        settings = TapSettings(
+            name, "run", served.info.digest, 4, served.hidden, "bfloat16", has_last=True, ring_slots=256
+        )
+        self._tap = Tap(settings, pinned=pinned)
+        self._tap.set_capture(True, 1 << 30)
+        self._publisher = Publisher(url, self._tap)
+        self._publisher.start()
+        self._drain = subprocess.Popen([sys.executable, "-c", DRAIN, url, keys.samples(name), keys.credit(name)])
+
+    def record(self, step: int, tokens: Sequence[int], states: torch.Tensor) -> None:
+        rows = kept(states).flatten(0, 1)
+        names = [f"r{i}" for i in range(len(tokens))]
+        if not step:
+            for name in names:
+                self._tap.begin(name, [0] * CONTEXT, False)
+        self._tap.record([(name, CONTEXT + step, 1) for name in names], tokens, rows)
+        if step == STEPS - 1:
+            for name in names:
+                self._tap.end(name, "length", [])
+
+    def close(self) -> int:
+        """How many rows it shed."""
+        shed = self._tap.totals().shed
+        self._publisher.close(10.0)
+        self._drain.kill()
+        self._drain.wait()
+        return shed
+
+
+DRAIN = """
+import sys, redis
+client, stream, credit, last = redis.Redis.from_url(sys.argv[1]), sys.argv[2], sys.argv[3], "0"
+while True:
+    for _, entries in client.xread({stream: last}, count=32, block=1000) or ():
+        last = entries[-1][0]
+        client.xdel(stream, *(name for name, _ in entries))
+        client.decrby(credit, sum(len(value) for _, fields in entries for value in fields.values()))
+"""
+
+
+@contextmanager
+def _valkey(directory: Path) -> Generator[str]:
+    path = directory / "valkey"
+    with subprocess.Popen(
+        [str(find_binary()), "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(directory)],
+        stdout=subprocess.DEVNULL,
+    ) as server:
+        while not path.exists():
+            time.sleep(0.01)
+        yield f"unix://{path}"
+        server.terminate()
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Producer:
 
     @classmethod
     def start(cls, url: str, incarnation: str = "i-1", *, engine: str = "e1", slots: int = 8) -> "Producer":
-        tap = Tap(settings(incarnation, engine=engine, slots=slots))
+        tap = Tap(settings(incarnation, engine=engine, slots=slots), pinned=DEVICE != "cpu")
         tap.set_capture(True, CREDIT_BYTES)
         publisher = Publisher(url, tap)
         publisher.start()

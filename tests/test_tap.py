@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.dataplane import HIDDEN, STATES, settings, states_of
+from tests.device import DEVICE
 from tided.engine.tap import MAX_REQUESTS, Slot, Tap, TapSettings
 from tided.model.errors import Refused
 from tided.model.ids import prompt_group
@@ -21,7 +22,7 @@ ROW_BYTES = STATES * HIDDEN * 2
 
 
 def capturing(slots: int = 4, flush_s: float = 10.0) -> Tap:
-    tap = Tap(settings(slots=slots, flush_s=flush_s))
+    tap = Tap(settings(slots=slots, flush_s=flush_s), pinned=DEVICE != "cpu")
     tap.set_capture(True, 1 << 20)
     return tap
 
@@ -188,7 +189,8 @@ def test_numpy_arrays_and_bytes_give_the_rows_that_tensors_give(dtype: str) -> N
     plain = TapSettings("e1", "i-1", "ab" * 32, states=STATES, hidden=HIDDEN, dtype=dtype, ring_slots=2)
     ids = [i % 251 for i in range(plain.slot_rows + 9)]
     tensor = states_of(ids).to(getattr(torch, dtype)).contiguous()
-    array: Any = tensor.view(torch.int16).numpy().view("<u2") if dtype == "bfloat16" else tensor.numpy()
+    host = tensor.cpu()
+    array: Any = host.view(torch.int16).numpy().view("<u2") if dtype == "bfloat16" else host.numpy()
     payloads: list[bytes] = []
     for rows in (tensor, array, array.tobytes(), memoryview(array), bytearray(array.tobytes())):
         tap = Tap(plain)

@@ -95,7 +95,8 @@ def shared_backward(
     wide_keys = torch.einsum("hqk,qhd->khd", slope, q)
     wide_values = torch.einsum("hqk,qhd->khd", p, grad)
     grad_q = torch.einsum("hqk,khd->qhd", slope, keys.repeat_interleave(share, 1))
-    return grad_q, *(x.view(len(keys), KV_HEADS, share, SIZE).sum(2) for x in (wide_keys, wide_values))
+    grad_keys, grad_values = (x.view(len(keys), KV_HEADS, share, SIZE).sum(2) for x in (wide_keys, wide_values))
+    return grad_q, grad_keys, grad_values
 
 
 @pytest.mark.parametrize("later", [0, 1, 3])

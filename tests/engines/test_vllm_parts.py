@@ -40,7 +40,7 @@ WAKEUP = ("wake up", None)
 
 def make_tap(*, last: bool = False) -> Tap:
     settings = TapSettings("e", "i", "ab" * 32, 3 + int(last), HIDDEN, "float32", has_last=last, ring_slots=2)
-    tap = Tap(settings)
+    tap = Tap(settings, pinned=DEVICE != "cpu")
     tap.set_capture(True, 1 << 20)
     return tap
 
@@ -164,7 +164,7 @@ class FakeV2:
     """As much of the V2 runner as the plugin touches."""
 
     def __init__(self) -> None:
-        self.device = torch.device("cpu")
+        self.device = torch.device(DEVICE)
         self.model_config = SimpleNamespace(max_model_len=64)
         self.speculator = SimpleNamespace(propose=self._propose)
         self.drafted = 0
@@ -240,6 +240,7 @@ def test_what_drafted_nothing_is_sampled_and_not_verified(
     monkeypatch: pytest.MonkeyPatch, metadata: int | None, verified: bool
 ) -> None:
     runner = SimpleNamespace(
+        device=torch.device("cpu"),
         model_config=SimpleNamespace(max_model_len=64),
         drafter=SimpleNamespace(propose=lambda: None),
         execute_model=lambda output: None,

@@ -26,7 +26,7 @@ from tided.model.errors import Refused
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 as the target does."""
+    """Root-mean-square norm, computed in float32 as the target does. Under autocast it gives the dtype of the products that read it."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -35,7 +35,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype is torch.float32:
-            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            out, kind = nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps), x.device.type
+            return out.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else out
         wide = x.float()
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 

@@ -22,7 +22,8 @@ class SideStream:
         return _streams.get(device) or _streams.setdefault(device, cls(device))
 
     def copy(self, into: Tensor, source: Tensor) -> torch.Event:
-        """Copy `source`, as it is once all that was queued so far has run, into pinned memory; the event comes behind the copy.
+        """Copy `source`, as it is once all that was queued so far has run; the event comes behind the copy. For `into`, which is not
+        pinned, it waits.
 
         Nobody may write to `source` before that. It may be dropped: its memory is kept for the copy.
         """

@@ -72,18 +72,18 @@ class TapSettings:
 
 
 class Slot:
-    """One chunk being filled, or on its way out. Its buffers are allocated, and their pages touched, once."""
+    """One chunk being filled, or on its way out. Its buffers are allocated, and their pages touched, once. `pinned`: a device writes to
+    them by itself."""
 
     __slots__ = (
-        *("_copied", "_index", "_memory", "_pinned", "_settings", "_tensor"),
+        *("_copied", "_index", "_memory", "_settings", "_tensor"),
         *("ends", "ids", "opened_s", "requests", "rows", "segments"),
     )
 
-    def __init__(self, settings: TapSettings) -> None:
+    def __init__(self, settings: TapSettings, pinned: bool) -> None:
         self._settings = settings
-        self._memory = memoryview(bytearray(b"\0") * (settings.slot_rows * settings.row_bytes))
+        self._memory = _memory(settings.slot_rows * settings.row_bytes, pinned)
         self._tensor: torch.Tensor | None = None
-        self._pinned = False
         self.ids = array("i", bytes(4 * settings.slot_rows))
         self.clear()
 
@@ -113,7 +113,6 @@ class Slot:
         if on_host(rows):
             self._states()[at : at + count].copy_(rows[first : first + count])
         else:
-            self._pin()
             side = SideStream.of(rows.device)
             self._copied = side.copy(self._states()[at : at + count], rows[first : first + count])
 
@@ -126,15 +125,6 @@ class Slot:
             flat = torch.frombuffer(self._memory, dtype=getattr(torch, settings.dtype))
             self._tensor = flat.view(settings.slot_rows, settings.states, settings.hidden)
         return self._tensor
-
-    def _pin(self) -> None:
-        """Have the slot in memory that a device writes to by itself, from the first rows of one on."""
-        if not self._pinned:
-            import torch
-
-            pinned = memoryview(torch.empty(len(self._memory), dtype=torch.uint8, pin_memory=True).numpy())
-            pinned[:] = self._memory
-            self._memory, self._tensor, self._pinned = pinned, None, True
 
     def reference(self, ref: RequestRef) -> int:
         """The index of `ref` in this chunk, added when it is new."""
@@ -170,16 +160,19 @@ class _Piece:
 
 
 class Tap:
-    """The engine's side of sample capture. `begin`, `record` and `end` come from one thread; the publisher's calls from another."""
+    """The engine's side of sample capture. `begin`, `record` and `end` come from one thread; the publisher's calls from another.
 
-    def __init__(self, settings: TapSettings) -> None:
+    `pinned`: rows come from a device, which copies them to the ring's memory by itself.
+    """
+
+    def __init__(self, settings: TapSettings, pinned: bool = False) -> None:
         check_name(settings.engine, "engine")
         check_name(settings.incarnation, "incarnation")
         check_digest(settings.target, "target")
         self.settings = settings
         self.errors = 0
         self._capacity = settings.slot_rows
-        self._free = deque(Slot(settings) for _ in range(settings.ring_slots))
+        self._free = deque(Slot(settings, pinned) for _ in range(settings.ring_slots))
         self._ready: deque[Slot] = deque()
         self._open: Slot | None = None
         self._changed = threading.Condition()
@@ -376,6 +369,15 @@ class Tap:
             slot.clear()
             self._free.append(slot)
             self._place_ends()
+
+
+def _memory(size: int, pinned: bool) -> memoryview:
+    if not pinned:
+        return memoryview(bytearray(b"\0") * size)
+    import torch
+
+    ring: Any = torch.zeros(size, dtype=torch.uint8, pin_memory=True).numpy()
+    return memoryview(ring)
 
 
 def _source(rows: "torch.Tensor | HostRows", count: int, settings: TapSettings) -> "torch.Tensor | memoryview":

@@ -16,11 +16,17 @@ from tided.model.errors import Refused
 
 T = TypeVar("T")
 
+_PLAIN = frozenset({str, int, float, bool, bytes, types.NoneType})
+
 
 def to_plain(value: Any) -> Any:
     """Dataclasses become dicts, tuples lists, enums their values; everything else stays as it is."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    names = _field_names(kind)
+    if names is not None:
+        return {name: to_plain(getattr(value, name)) for name in names}
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, list | tuple):
@@ -28,6 +34,12 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items()}
     return value
+
+
+@cache
+def _field_names(kind: type) -> tuple[str, ...] | None:
+    """Of a dataclass."""
+    return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else None
 
 
 def from_plain(cls: type[T], data: Any, path: str = "") -> T:

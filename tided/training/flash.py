@@ -76,21 +76,21 @@ class _Joint(Function):
             is_causal=True,
             return_debug_mask=False,
         )
-        if later:
-            scores = _scores(q, later[0::2])  # [P, Q, kv, g]
+        scores = _scores(q, later[0::2]) if later else None  # [P, Q, kv, g]
+        if scores is not None:
             shared = norm.T.view(scores.shape[1:])
             joint = torch.logaddexp(shared, scores.logsumexp(0))
             grouped = out.view(*joint.shape, -1).float() * (shared - joint).exp_().unsqueeze(-1)
             for score, value in zip(scores, later[1::2], strict=True):
                 grouped.addcmul_((score - joint).exp_().unsqueeze(-1), value.unsqueeze(2).float())
             out, norm = grouped.view(q.shape).to(q.dtype), joint.flatten(1).T.contiguous()
-        ctx.save_for_backward(q, keys, values, out, norm, *later)
+        ctx.save_for_backward(q, keys, values, out, norm, scores, *later)
         ctx.bounds = bounds  # type: ignore[attr-defined]
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q, keys, values, out, norm, *later = ctx.saved_tensors
+        q, keys, values, out, norm, scores, *later = ctx.saved_tensors
         bounds: Bounds = ctx.bounds
         grad = grad_outputs[0].contiguous()
         none = torch.empty(0, device=q.device)
@@ -99,9 +99,8 @@ class _Joint(Function):
             *(grad, q, keys, values, out, norm, bounds.queries, bounds.keys, bounds.most_queries, bounds.most_keys),
             *(0.0, True, seeds, none),
         )
-        if not later:
+        if scores is None:
             return grad_q, grad_keys, grad_values, None
-        scores = _scores(q, later[0::2])
         shape = scores.shape[1:]
         wide, asked = grad.view(*shape, -1).float(), q.view(*shape, -1).float()
         delta = (wide * out.view(*shape, -1).float()).sum(-1)

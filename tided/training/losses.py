@@ -24,6 +24,8 @@ from tided.draft.eagle3 import tensor_of
 from tided.training.data import Pack, Run
 from tided.training.options import SoftLoss
 
+_ALIGNED = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
@@ -77,7 +79,8 @@ class Candidates:
 class CandidateSampler:
     """Sampled softmax: every draft token that occurs in the samples, and a fresh draw of `negatives` others for each step.
 
-    A workload uses about a tenth of its draft vocabulary; the head over all of it would be half of a training step.
+    A workload uses about a tenth of its draft vocabulary; the head over all of it would be half of a training step. A few more are drawn,
+    so that candidates come in multiples of `_ALIGNED`: for other widths a device has slow kernels only.
     """
 
     def __init__(self, runs: Sequence[Run], frozen: Frozen, negatives: int, seed: int = 0) -> None:
@@ -93,7 +96,8 @@ class CandidateSampler:
         unseen = torch.ones(self._size, dtype=torch.bool)
         unseen[drafts[occurs]] = False
         self._others = unseen.nonzero().squeeze(1)
-        self._negatives = min(negatives, len(self._others))
+        wanted = negatives + -(len(self.seen) + negatives) % _ALIGNED if negatives else 0
+        self._negatives = min(wanted, len(self._others))
         self._seed = seed
 
     def draw(self, step: int = 0) -> Candidates:

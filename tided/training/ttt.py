@@ -61,7 +61,7 @@ class Unroll:
             rows = self._pack.query_rows[self.active]
             spans = [part for span in _narrow(self._pack.spans, self.active) for part in _bounded(span, q.shape[1])]
             out = attend(q, self._keys, self._values, self._own, rows, spans)
-        return self._draft.finish(h, out.to(h.dtype)).to(h.dtype)
+        return self._draft.finish(h, out).to(h.dtype)
 
     def _placed(self, rows: Tensor) -> Tensor:
         """`rows` of the active queries among those of all: flash kernels need the queries of a run to be its last rows."""

@@ -181,7 +181,8 @@ class Engine:
                     dtype=settings.dtype,
                     has_last=settings.capture_last,
                     ring_slots=settings.ring_slots,
-                )
+                ),
+                pinned=target.device.type != "cpu",
             )
         self._scheduler = Scheduler(
             target, drafter, self._tap, gammas=settings.gammas, last_hidden=settings.capture_last

@@ -68,7 +68,7 @@ class Runtime:
             has_last=self._last is not None,
             ring_slots=self._settings.ring_slots,
         )
-        tap = Tap(settings)
+        tap = Tap(settings, pinned=not str(runner.device).startswith("cpu"))
         weights = DraftWeights(worker.draft_worker, runner.model, TargetShape(target.hidden, target.vocab))
         try:
             weights.identify(_local(arguments.speculative_draft_model_path))

@@ -78,7 +78,7 @@ class WorkerSide:
             return
         version, vocab_id, problem = self._find_weights(Path(request.draft_dir))
         if request.tap is not None and self._rank == 0 and self._last_stage:
-            self.tap = Tap(request.tap)
+            self.tap = Tap(request.tap, pinned=self._runner.device.type != "cpu")
             self._capture = Capture(self.tap)
             self.publisher = Publisher(request.redis_url, self.tap)
             self._hook_execute()
