@@ -1,11 +1,13 @@
 """When to collect samples and when to train: Algorithm 1 of TIDE (arXiv 2602.05145), for the engines of one target.
 
 Collection starts on. At `min_rows` stored rows a training job begins, from the current draft. A better draft is deployed and
-everything starts over; a worse one ends collection until acceptance drifts; one for traffic that has gone meanwhile is kept for its return. What the paper leaves open and we add: the cool-down
-between trainings, a budget of jobs and worker time an hour, the plateau (better, but by next to nothing: as good as worse), the outcome
-"undecided" (too few held-out requests to judge), and failures, which cost a cool-down only.
+everything starts over; a worse one ends collection until acceptance drifts. What the paper leaves open and we add: the cool-down
+between trainings, a budget of jobs and worker time an hour, the plateau (better, but by next to nothing: as good as worse), the outcomes
+"undecided" (too few held-out requests to judge) and "pooled" (better, for traffic that has gone meanwhile: kept for its return), and
+failures, which cost a cool-down only.
 
-    collecting -> training -> collecting (deployed, pooled, undecided, failed) | stopped (worse, rolled back, plateau; never from a cold start)
+    collecting -> training -> collecting (deployed, pooled, undecided, failed)
+                  training -> stopped (worse, rolled back, plateau; never from a cold start, nor in a drift)
     stopped -> collecting (drift)
 
 The averages that judge drift are `tided.policies.training.AcceptanceTrend`; the store counts rows since `since_ms`.
@@ -234,7 +236,10 @@ def validate_state(state: Collection) -> None:
     """Raise `InvariantBroken` for a state that no sequence of events can reach."""
     wrong = (
         (bool(state.job) and state.phase is not Phase.TRAINING, "a job outside training"),
-        (bool(state.domain or state.moved) and state.phase is not Phase.TRAINING, "a training's traffic outside training"),
+        (
+            bool(state.domain or state.moved) and state.phase is not Phase.TRAINING,
+            "a training's traffic outside training",
+        ),
         (min(state.rows, state.deployed, state.drifts, state.trainings) < 0, "a negative count"),
         (state.deployed > state.trainings, "more deployed than trained"),
         (not 0 <= state.drifts_answered <= state.drifts_seen <= state.drifts, "drifts do not add up"),

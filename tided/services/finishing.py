@@ -72,7 +72,9 @@ class Finishing:
                     await self._scout.keep(pool, draft, domain, now_ms)
                     failpoints.hit("dispatcher.pooled")
                 name = f"{draft.lineage}@{draft.number}"
-                why = f"{name} is kept as the draft of domain {pooled or domain}: traffic is of domain {pool.domain} now"
+                why = (
+                    f"{name} is kept as the draft of domain {pooled or domain}: traffic is of domain {pool.domain} now"
+                )
                 return Ending(Outcome.POOLED, why, decision.gain_share)
             if all(member.view.info.version != job.spec.draft for member in pool.members):
                 serves = pool.members[0].view.info.version[:12] or "no draft"

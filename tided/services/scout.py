@@ -314,7 +314,9 @@ class Scout:
         for member in pool.members:
             if member.resting and member.view.version == serving:
                 member.view.hear(result.candidate)
-        pooled = scouting.domains.others(serving)  # what has left the pool since the job was submitted is not gone back to
+        pooled = scouting.domains.others(
+            serving
+        )  # what has left the pool since the job was submitted is not gone back to
         scores = [score for score in result.scores if score.version in pooled]
         choice = choose(result.candidate, scores, self._gate())
         lengths = {score.version: score.length for score in (result.candidate, *scores) if score.tokens}
@@ -413,7 +415,6 @@ class Scout:
             await self._abandon(after)
             after = after.ended()
         await self._put(pool, before, after)
-
 
     async def rivals(self, target: str, serving: str, engines: Sequence[EngineInfo]) -> tuple[Candidate, ...]:
         """The pooled drafts of a target, by digest, that all these engines could serve instead of `serving`."""
