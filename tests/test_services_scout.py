@@ -574,6 +574,32 @@ async def test_a_pooled_draft_that_answers_the_change_stays_and_the_training_s_g
     assert scene.engine.kinds().count("Swap") == 1
 
 
+async def test_while_it_is_not_known_why_acceptance_fell_no_new_draft_is_deployed(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Suspicion(scene.engine.info.incarnation, scene.night.version)
+
+    async def told(*_: object) -> Suspicion:
+        return found
+
+    monkeypatch.setattr(scene.control.controller.faults, "reconcile", told)
+    claim = await scene.train()
+    found = replace(found, answer=Answer.OPEN)
+    staged = variant(scene.first, scene.root / "staged", 3)
+    old, new = evaluation(scene.night.version, 2.2, 8), evaluation(checkpoint.version_of(staged), 2.6, 8)
+    await scene.control.context.jobs.finish(claim, JobResult(str(staged), new.version, old, new, 1000, 1.0))
+    await scene.happened("draft-added")
+    for _ in range(3):
+        await scene.control.cycle()
+    assert "Swap" not in scene.engine.kinds()
+    found = replace(found, answer=Answer.DRIFT)
+    await scene.happened("drift-detected")
+    scene.samples(await scene.control.context.now_ms() + 1)
+    await scene.score(await scene.claimed(), day=1.2, night=1.3)
+    assert (await scene.happened("training-ended")).message.startswith("pooled")
+    assert "Swap" not in scene.engine.kinds()
+
+
 async def test_traffic_that_came_back_before_the_training_ended_gets_its_draft(scene: Scene) -> None:
     claim = await scene.train()
     await scene.drift()

@@ -63,18 +63,17 @@ class Finishing:
                 await self._announce_gate(pool, draft, decision)
                 outcome = Outcome.WORSE if decision.verdict is gate.Verdict.FAIL else Outcome.UNDECIDED
                 return Ending(outcome, decision.reason, decision.gain_share)
+            first = await self._first(job)
             pooled = await self._scout.home(pool.digest, draft.version)  # a leader before us came so far
-            if pool.hold and not pooled:
-                return None  # which draft shall serve is just being found out
-            if pooled or (domain != pool.domain and not await self._from_nothing(job)):
+            if not pooled and (pool.hold or (pool.domain and pool.questioned and not first)):
+                return None  # which draft shall serve, or whether the traffic is still the same, is just being found out
+            if pooled or (domain != pool.domain and not first):
                 if not pooled:
                     await self._announce_gate(pool, draft, decision)
                     await self._scout.keep(pool, draft, domain, now_ms)
                     failpoints.hit("dispatcher.pooled")
                 name = f"{draft.lineage}@{draft.number}"
-                why = (
-                    f"{name} is kept as the draft of domain {pooled or domain}: traffic is of domain {pool.domain} now"
-                )
+                why = f"{name} is kept as the draft of domain {pooled or domain}: traffic is of domain {pool.domain} now"
                 return Ending(Outcome.POOLED, why, decision.gain_share)
             if all(member.view.info.version != job.spec.draft for member in pool.members):
                 serves = pool.members[0].view.info.version[:12] or "no draft"
@@ -90,8 +89,8 @@ class Finishing:
         decision = decision or gate.judge(result.incumbent, result.candidate, self._context.config.gate)
         return Ending(outcome, _why(canary), decision.gain_share)
 
-    async def _from_nothing(self, job: Job) -> bool:
-        """Whether version 0 is all that there would be instead: then any draft is better, on any traffic."""
+    async def _first(self, job: Job) -> bool:
+        """Whether its draft is the first: then any is better, on any traffic."""
         parent = await self._context.find_draft(job.spec.draft)
         return parent is not None and parent.origin is DraftOrigin.INIT
 
