@@ -66,14 +66,18 @@ class Finishing:
             first = await self._first(job)
             pooled = await self._scout.home(pool.digest, draft.version)  # a leader before us came so far
             if not pooled and (pool.hold or (pool.domain and pool.questioned and not first)):
-                return None  # which draft shall serve, or whether the traffic is still the same, is just being found out
+                return (
+                    None  # which draft shall serve, or whether the traffic is still the same, is just being found out
+                )
             if pooled or (domain != pool.domain and not first):
                 if not pooled:
                     await self._announce_gate(pool, draft, decision)
                     await self._scout.keep(pool, draft, domain, now_ms)
                     failpoints.hit("dispatcher.pooled")
                 name = f"{draft.lineage}@{draft.number}"
-                why = f"{name} is kept as the draft of domain {pooled or domain}: traffic is of domain {pool.domain} now"
+                why = (
+                    f"{name} is kept as the draft of domain {pooled or domain}: traffic is of domain {pool.domain} now"
+                )
                 return Ending(Outcome.POOLED, why, decision.gain_share)
             if all(member.view.info.version != job.spec.draft for member in pool.members):
                 serves = pool.members[0].view.info.version[:12] or "no draft"
