@@ -35,7 +35,7 @@ def shards(model_dir: Path, domain: str, split: Split, requests: int, directory:
         print(f"generating {requests} answers ({domain}, {split}), once", file=sys.stderr, flush=True)
         directory.mkdir(parents=True, exist_ok=True)
         prompts = DOMAINS[domain].prompts(split)[:requests]
-        _write(path, list(_answers(model_dir, prompts)))
+        write_shard(path, list(_answers(model_dir, prompts)))
     return [str(path)]
 
 
@@ -82,7 +82,8 @@ def _generate(model: Any, prompts: list[list[int]], new_tokens: int, config: tar
     ]
 
 
-def _write(path: Path, answers: Sequence[Answer]) -> None:
+def write_shard(path: Path, answers: Sequence[Answer]) -> None:
+    """A shard as a collector writes it."""
     groups = [prompt_group(np.array(a.ids[: a.prompt_tokens], "<i4").tobytes()) for a in answers]
     states = torch.cat([answer.states for answer in answers]).contiguous()
     write_file(

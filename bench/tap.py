@@ -26,8 +26,9 @@ MAX_CONTEXT = 512
 PAIRS = {1: 20, 8: 20}
 
 
-async def measure(model: Path, pairs: dict[int, int]) -> list[Claim]:
+async def measure(model: Path, pairs: dict[int, int], device: str = "cpu") -> list[Claim]:
     """The claims, one for each concurrency."""
+    threads, ring_slots = (1, 16) if device == "cpu" else (4, 512)  # rows of large targets are many bytes
     with tempfile.TemporaryDirectory(prefix="tided-tap-") as directory:
         work, ports = Path(directory), {"on": free_port(), "off": free_port()}
         config_file = work / "config.toml"
@@ -36,13 +37,26 @@ async def measure(model: Path, pairs: dict[int, int]) -> list[Claim]:
             {
                 "daemon": {"state_dir": str(work / "state")},
                 "target": {"path": str(model)},
-                "engine": {"port": ports["on"], "max_context": MAX_CONTEXT},
+                "engine": {
+                    "port": ports["on"],
+                    "max_context": MAX_CONTEXT,
+                    "max_batch": max(pairs),
+                    "device": device,
+                    "threads": threads,
+                },
+                "capture": {"ring_slots": ring_slots},
                 "training": {"min_rows": NEVER_ROWS},
                 "self_test": {"enabled": False},  # there is no worker here
             },
         )
-        cores, _ = split_cores(1)
+        cores, _ = split_cores(threads)
         plain = (
+            "--device",
+            device,
+            "--threads",
+            str(threads),
+            "--max-batch",
+            str(max(pairs)),
             "--model",
             str(model),
             "--port",
@@ -57,7 +71,7 @@ async def measure(model: Path, pairs: dict[int, int]) -> list[Claim]:
             tided, engine, _ = services(config_file, config)
             await stack.start(tided)
             await stack.start(engine)
-            await stack.start(Service("off", "tided.engine.embedded.server", plain, cores))
+            await stack.start(Service("off", "tided.engine.embedded.server", plain, cores, threads))
             control = Control(config.daemon.socket_path)
             await control.has_draft()
             await asyncio.to_thread(control.client.post, "/v1/policy", {"mode": "off"})

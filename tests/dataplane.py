@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.device import DEVICE
 from tided.draft.tensors import read_header, read_tensor_entry, to_float32
 from tided.engine.publisher import Publisher
 from tided.engine.tap import Tap, TapSettings
@@ -70,7 +71,7 @@ class Producer:
 
 
 def states_of(ids: list[int]) -> torch.Tensor:
-    return torch.tensor(ids, dtype=torch.float32)[:, None, None].expand(-1, STATES, HIDDEN)
+    return torch.tensor(ids, dtype=torch.float32, device=DEVICE)[:, None, None].expand(-1, STATES, HIDDEN)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.ctl_run import tidectl
+from tests.device import DEVICE
 from tests.support import eventually
 from tests.tiny import VOCAB, make_draft, make_target
 from tided.draft import checkpoint
@@ -53,14 +54,14 @@ def step(
         ids += tokens
         positions += range(first, first + len(tokens))
         starts.append(len(ids))
-    values = torch.tensor(ids, dtype=torch.float32)[:, None]
+    values = torch.tensor(ids, dtype=torch.float32, device=DEVICE)[:, None]
     return StepRows(
         requests,
         starts,
-        [rejected for _, _, rejected in segments],
-        torch.tensor(ids),
-        torch.tensor(positions),
-        torch.tensor(following),
+        torch.tensor([rejected for _, _, rejected in segments], device=DEVICE),
+        torch.tensor(ids, device=DEVICE),
+        torch.tensor(positions, device=DEVICE),
+        torch.tensor(following, device=DEVICE),
         values.expand(-1, 3 * HIDDEN).contiguous(),
         values.expand(-1, HIDDEN).contiguous() if last else None,
     )
@@ -153,6 +154,8 @@ def test_the_last_state_is_the_fourth_and_opted_out_rows_are_counted() -> None:
     capture.begin("a", [5], NEVER, False)
     capture.begin("b", [6], NEVER, True)
     capture.step(step(["a", "b"], [(0, [5], 0), (0, [6, 60], 1)], [7, 8], last=True))
+    assert tap.totals().tapped == 0, "which rows count is asked for as the next step begins"
+    capture.settle()
     assert taken(tap) == {"a": ({0: 5}, "", ())}
     assert tap.totals().skipped == 1
 
@@ -200,14 +203,14 @@ def v2_arguments(rejected: int) -> tuple[Any, ...]:
     batch = SimpleNamespace(
         req_ids=["a"],
         num_reqs=1,
-        idx_mapping=torch.tensor([1]),
+        idx_mapping=torch.tensor([1], device=DEVICE),
         query_start_loc_np=torch.tensor([0, 3]).numpy(),
-        input_ids=torch.tensor([5, 6, 7, 0]),
-        positions=torch.tensor([0, 1, 2, 0]),
+        input_ids=torch.tensor([5, 6, 7, 0], device=DEVICE),
+        positions=torch.tensor([0, 1, 2, 0], device=DEVICE),
     )
-    rows = torch.tensor([5.0, 6.0, 7.0, 0.0])[:, None].expand(-1, HIDDEN)
-    sampled = torch.tensor([[70], [71]])
-    return batch, None, None, rows, [rows, rows, rows], None, torch.tensor([rejected]), sampled
+    rows = torch.tensor([5.0, 6.0, 7.0, 0.0], device=DEVICE)[:, None].expand(-1, HIDDEN)
+    sampled = torch.tensor([[70], [71]], device=DEVICE)
+    return batch, None, None, rows, [rows, rows, rows], None, torch.tensor([rejected], device=DEVICE), sampled
 
 
 def new_request(name: str, prompt: list[int]) -> SimpleNamespace:

@@ -5,7 +5,8 @@ talks to the network or raises into the engine: when no slot is free the rows ar
 itself is counted, logged once and costs its rows only. A publisher thread takes full slots, or slots that are `flush_s` old.
 
 Used as it is by the embedded engine, by the plugins for vLLM and SGLang and by tided.client. Rows are a torch tensor, or anything with
-the buffer protocol (a numpy array, bytes): torch is imported only by whoever hands in tensors, numpy never.
+the buffer protocol (a numpy array, bytes): torch is imported only by whoever hands in tensors, numpy only for those of a device. Rows of
+a device are copied behind what it computes; the publisher, not the engine, waits for them.
 """
 
 import logging
@@ -73,12 +74,16 @@ class TapSettings:
 class Slot:
     """One chunk being filled, or on its way out. Its buffers are allocated, and their pages touched, once."""
 
-    __slots__ = ("_index", "_memory", "_settings", "_tensor", "ends", "ids", "opened_s", "requests", "rows", "segments")
+    __slots__ = (
+        *("_copied", "_index", "_memory", "_pinned", "_settings", "_tensor"),
+        *("ends", "ids", "opened_s", "requests", "rows", "segments"),
+    )
 
     def __init__(self, settings: TapSettings) -> None:
         self._settings = settings
         self._memory = memoryview(bytearray(b"\0") * (settings.slot_rows * settings.row_bytes))
         self._tensor: torch.Tensor | None = None
+        self._pinned = False
         self.ids = array("i", bytes(4 * settings.slot_rows))
         self.clear()
 
@@ -89,9 +94,12 @@ class Slot:
         self.segments: list[Segment] = []
         self.ends: list[End] = []
         self._index: dict[str, int] = {}
+        self._copied: torch.Event | None = None  # behind the newest copy from a device
 
     def payload(self, row_bytes: int) -> memoryview:
-        """The filled rows' bytes, not copied: valid until the slot is given back."""
+        """The filled rows' bytes, not copied: valid until the slot is given back. Waits for what a device has not copied yet."""
+        if self._copied is not None:
+            self._copied.synchronize()
         return self._memory[: self.rows * row_bytes]
 
     def copy(self, at: int, rows: "torch.Tensor | memoryview", first: int, count: int) -> None:
@@ -99,8 +107,15 @@ class Slot:
         if isinstance(rows, memoryview):
             size = self._settings.row_bytes
             self._memory[at * size : (at + count) * size] = rows[first * size : (first + count) * size]
-        else:
+            return
+        from tided.engine.device import SideStream, on_host
+
+        if on_host(rows):
             self._states()[at : at + count].copy_(rows[first : first + count])
+        else:
+            self._pin()
+            side = SideStream.of(rows.device)
+            self._copied = side.copy(self._states()[at : at + count], rows[first : first + count])
 
     def _states(self) -> "torch.Tensor":
         """The slot's memory as a tensor, made when the first tensor arrives."""
@@ -111,6 +126,15 @@ class Slot:
             flat = torch.frombuffer(self._memory, dtype=getattr(torch, settings.dtype))
             self._tensor = flat.view(settings.slot_rows, settings.states, settings.hidden)
         return self._tensor
+
+    def _pin(self) -> None:
+        """Have the slot in memory that a device writes to by itself, from the first rows of one on."""
+        if not self._pinned:
+            import torch
+
+            pinned = memoryview(torch.empty(len(self._memory), dtype=torch.uint8, pin_memory=True).numpy())
+            pinned[:] = self._memory
+            self._memory, self._tensor, self._pinned = pinned, None, True
 
     def reference(self, ref: RequestRef) -> int:
         """The index of `ref` in this chunk, added when it is new."""
@@ -202,8 +226,9 @@ class Tap:
         """Take one step's rows: `rows` [N, states, hidden], `ids` their N token ids, `segments` (request, first position,
         rows) in the order of the rows. Rows of requests that are not tapped are passed over; opted-out ones are counted.
 
-        A tensor is converted to the tap's dtype. A buffer must hold it already, little-endian and contiguous: a numpy array of that
-        shape and dtype (bfloat16: its bits as uint16), or the bytes alone.
+        A tensor is converted to the tap's dtype; a device's must not be written to again, for it is copied behind. A buffer must
+        hold it already, little-endian and contiguous: a numpy array of that shape and dtype (bfloat16: its bits as uint16), or the
+        bytes alone.
         """
         if not self._requests:
             return

@@ -1,16 +1,20 @@
 """The order in which samples are trained on, as batches: the packs of one optimizer step, made ahead by a thread of their own.
 
 The order follows from the samples and the options alone, and a batch is known by its number. So training goes on at any step, and
-every process of several finds its share of a batch, with nothing stored or sent.
+every process of several finds its share of a batch, with nothing stored or sent. To a device its samples go on a stream of their own,
+beside what is computed there.
 """
 
 import random
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch
 
 from tided.training.data import Pack, Piece, Run, equal_pieces, mix, pack
 from tided.training.options import TrainOptions
@@ -25,10 +29,22 @@ class Batch:
     """One step's samples: `packs` are this process's, with each one's share of the batch's tokens; `tokens` are those of all.
 
     All processes have equally many packs, for they step through them together: one that has too few repeats a pack, with share 0.
+    `sent`: on a device, the event behind which they are there.
     """
 
     packs: tuple[tuple[Pack, float], ...]
     tokens: int
+    sent: torch.Event | None = None
+
+    def receive(self) -> None:
+        """Have the current stream wait until the packs are there; their memory is its own from now on."""
+        if self.sent is None:
+            return
+        stream = torch.accelerator.current_stream()
+        stream.wait_event(self.sent)
+        for one, _ in self.packs:
+            for tensor in one.tensors:
+                tensor.record_stream(stream)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +59,15 @@ class Order:
 
     def batches(self, first: int) -> Iterator[Batch]:
         """From batch `first` on; the packs of earlier ones are not made."""
+        stream = torch.Stream(self.options.device) if torch.device(self.options.device).type != "cpu" else None
+        on_stream: AbstractContextManager[Any] = stream if stream is not None else nullcontext()
         for packs in islice(self._pieces(), first, None):
             counts = [sum(len(piece.queries) for piece in pieces) for pieces in packs]
             mine = [(i, counts[i] / sum(counts)) for i in range(self.rank, len(packs), self.ranks)]
             mine += [(0, 0.0)] * (-(-len(packs) // self.ranks) - len(mine))
-            yield Batch(tuple((pack(packs[i], self.options.device), share) for i, share in mine), sum(counts))
+            with on_stream:
+                made = tuple((pack(packs[i], self.options.device), share) for i, share in mine)
+            yield Batch(made, sum(counts), stream.record_event() if stream is not None else None)
 
     def planned_tokens(self) -> float:
         """Of all passes."""

@@ -88,6 +88,11 @@ class Pack:
     def tokens(self) -> int:
         return len(self.query_rows)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        every = (self.aux, self.next_ids, self.positions, self.query_rows, self.left, self.label_ids, self.last)
+        return tuple(tensor for tensor in every if tensor is not None)
+
 
 def read_shard(path: Path, hidden: int, target: str = "") -> list[Run]:
     """The runs of one shard. Raises `Refused` when it is malformed or holds another target's states.
@@ -216,42 +221,53 @@ def _fits(batch: Sequence[Piece], piece: Piece, tokens: int) -> bool:
 
 
 def pack(pieces: Sequence[Piece], device: str = "cpu") -> Pack:
-    """Lay runs side by side. Rows after the last query of a run are not needed and left out."""
-    aux, last, next_ids, positions, query_rows, left, label_ids = ([] for _ in range(7))
+    """Lay runs side by side. Rows after the last query of a run are not needed and left out.
+
+    States are copied once, from the mapped file. For another device that is into memory which it reads by itself, and the copies to
+    it are queued on the current stream: this thread does not wait for them.
+    """
+    aux, last = list[Array](), list[Array]()
+    next_ids, positions, query_rows, left, label_ids = ([] for _ in range(5))
     spans: list[Span] = []
     keys = asked = 0
     for piece in pieces:
         run, queries, first = piece.run, piece.queries, piece.first
-        aux.append(_bf16(run.states[first : queries.stop, :AUX_STATES]).flatten(1))
+        aux.append(run.states[first : queries.stop, :AUX_STATES])
         next_ids.append(torch.from_numpy(run.ids[first + 1 : queries.stop + 1]))
         positions.append(torch.arange(run.first_position + first, run.first_position + queries.stop))
         query_rows.append(torch.arange(queries.start, queries.stop) + (keys - first))
         left.append(torch.arange(len(queries), 0, -1))
         label_ids.append(torch.from_numpy(run.ids[queries.start + 2 : queries.stop + 2]))
         if run.has_last:
-            last.append(_bf16(run.states[queries.start + 1 : queries.stop + 1, AUX_STATES]))
+            last.append(run.states[queries.start + 1 : queries.stop + 1, AUX_STATES])
         spans.append(Span(slice(keys, keys + piece.rows), slice(asked, asked + len(queries))))
         keys += piece.rows
         asked += len(queries)
+    pinned = torch.device(device).type != "cpu"
 
     def joined(parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts).to(device)
+        whole = torch.cat(parts)
+        return whole.pin_memory().to(device, non_blocking=True) if pinned else whole
 
     return Pack(
-        aux=joined(aux),
+        aux=_states(aux, pinned).to(device, non_blocking=pinned),
         next_ids=joined(next_ids),
         positions=joined(positions),
         query_rows=joined(query_rows),
         left=joined(left),
         label_ids=joined(label_ids),
-        last=joined(last) if last else None,
+        last=_states(last, pinned).to(device, non_blocking=pinned) if last else None,
         spans=tuple(spans),
         groups=tuple(piece.run.group for piece in pieces),
     )
 
 
-def _bf16(bits: Array) -> Tensor:
-    return torch.from_numpy(np.array(bits).view(np.int16)).view(torch.bfloat16)
+def _states(parts: Sequence[Array], pinned: bool) -> Tensor:
+    """BF16 bits [rows, ..., H] one after the other, as [rows, ... * H]."""
+    rows, width = sum(map(len, parts)), int(np.prod(parts[0].shape[1:]))
+    states = torch.empty(rows, width, dtype=torch.bfloat16, pin_memory=pinned)
+    np.concatenate(parts, out=states.view(torch.int16).numpy().view(np.uint16).reshape(rows, *parts[0].shape[1:]))
+    return states
 
 
 def _tensor(path: Path, entries: dict[str, Entry], name: str, dtype: str, dimensions: int) -> Array:

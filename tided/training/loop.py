@@ -163,12 +163,13 @@ class Loop:
 
     def _loss(self, objective: Objective, batch: Batch, candidates: Candidates) -> float:
         """The batch's loss a token, its gradients added up. FSDP takes the mean over processes, where the sum is wanted."""
-        total = 0.0
+        batch.receive()
+        losses: list[Tensor] = []
         for pack, share in batch.packs:
             loss = objective(pack, candidates) * (share * self.ranks.count)
             loss.backward()
-            total += float(loss.detach()) / self.ranks.count
-        return self.ranks.total(total)
+            losses.append(loss.detach())
+        return self.ranks.total(float(torch.stack(losses).sum()) / self.ranks.count)
 
     def _validate(self, objective: Objective) -> float:
         if not self.validation:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tided.draft.eagle3 import Eagle3
+from tided.training import flash
 from tided.training.data import Pack, Span
 
 _MAX_SCORES = 1 << 26  # float32 attention scores at once
@@ -26,6 +27,7 @@ class Unroll:
         self._draft = draft
         self._pack = pack
         self._embedding = embedding
+        self._bounds = flash.Bounds.of(pack) if _has_flash(draft, pack) else None
         emb = torch.nn.functional.embedding(pack.next_ids, embedding).to(draft.fc.weight.dtype)
         h = draft.fuse(pack.aux.to(draft.fc.weight.dtype)).to(emb.dtype)
         x = draft.mixed(emb, h)
@@ -52,10 +54,26 @@ class Unroll:
         self.pre = self._attend_and_finish(h, q)
 
     def _attend_and_finish(self, h: Tensor, q: Tensor) -> Tensor:
-        rows = self._pack.query_rows[self.active]
-        spans = [part for span in _narrow(self._pack.spans, self.active) for part in _bounded(span, q.shape[1])]
-        out = attend(q, self._keys, self._values, self._own, rows, spans)
+        if self._bounds is not None:
+            own = [(self._placed(k), self._placed(v)) for k, v in self._own]
+            out = flash.joint_attention(self._placed(q), self._keys, self._values, own, self._bounds)[self.active]
+        else:
+            rows = self._pack.query_rows[self.active]
+            spans = [part for span in _narrow(self._pack.spans, self.active) for part in _bounded(span, q.shape[1])]
+            out = attend(q, self._keys, self._values, self._own, rows, spans)
         return self._draft.finish(h, out.to(h.dtype)).to(h.dtype)
+
+    def _placed(self, rows: Tensor) -> Tensor:
+        """`rows` of the active queries among those of all: flash kernels need the queries of a run to be its last rows."""
+        if len(self.active) == self._pack.tokens:
+            return rows
+        return rows.new_zeros(self._pack.tokens, *rows.shape[1:]).index_copy(0, self.active, rows)
+
+
+def _has_flash(draft: Eagle3, pack: Pack) -> bool:
+    config, kind = draft.config, pack.left.device.type
+    in_bf16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.bfloat16
+    return in_bf16 and flash.available(kind, config.head_dim, config.heads, config.kv_heads)
 
 
 def _narrow(spans: Sequence[Span], active: Tensor) -> list[Span]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from tided.engine.plugin import plain_temperature
-from tided.engine.sglang.host import HostStates
 from tided.engine.sglang.steps import StepBook
 from tided.engine.tap import MAX_TAIL, Tap
 from tided.model.records import RequestStats
@@ -46,7 +45,7 @@ class Step:
     started_s: float
     spans: list[tuple[str, int, int]] = field(default_factory=list)  # of a prefill: (request id, first position, rows)
     gamma: int = 0
-    states: HostStates | None = None
+    states: Sequence["torch.Tensor"] = ()  # [rows, width] each
 
 
 class RowTap:
@@ -81,7 +80,9 @@ class RowTap:
         """After the forward: `states` are the aux states [rows, 3 * hidden] and, if tapped, the last [rows, hidden]."""
         step.gamma = gamma
         if states and any(tracked.tapped for tracked in self._tracked.values()):
-            step.states = HostStates(states)
+            from tided.engine.device import kept
+
+            step.states = [kept(part) for part in states]
 
     def processing(self, batch: Any) -> list[int]:
         """Before the result of `batch` is processed: how many output tokens each request has, -1 for those that are over."""
@@ -141,10 +142,9 @@ class RowTap:
         self._record(step, picked)
 
     def _record(self, step: Step, picked: "_Picked") -> None:
-        if self._tap is None or not picked.segments or step.states is None:
-            return
-        rows = step.states.rows(self._tap.settings.hidden, picked.chosen)
-        self._tap.record(picked.segments, picked.ids, rows)
+        if self._tap is not None and picked.segments and step.states:
+            rows = _chosen(step.states, picked.chosen, self._tap.settings.hidden)
+            self._tap.record(picked.segments, picked.ids, rows)
 
     def _count(self, step: Step, batch: Any, before: Sequence[int], accept_lens: Sequence[int]) -> None:
         accepted: list[int] = []
@@ -204,6 +204,16 @@ class _Picked:
         self.ids.extend(_tokens(tracked.request, position, position + count))
         self.chosen.extend(range(row, row + count))
         tracked.next_position = position + count
+
+
+def _chosen(parts: Sequence["torch.Tensor"], rows: Sequence[int], hidden: int) -> "torch.Tensor":
+    """[len(rows), states, hidden]: these rows of the parts side by side."""
+    import torch
+
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
+    if list(rows) != list(range(whole.shape[0])):
+        whole = whole[torch.tensor(rows, dtype=torch.int64, device=whole.device)]
+    return whole.reshape(len(rows), -1, hidden)
 
 
 def _custom(request: Any) -> Mapping[str, Any]:

@@ -4,13 +4,16 @@ The draft is fed what the tap wants: token ids, positions and aux states of all 
 request. What a request will not keep is left out: rejected tokens, tokens past its stop token or its length, and rows that were
 recorded before (a preempted request is computed again). A prefix-cache hit has no rows: positions then begin behind it, which is a
 declared gap.
+
+Which rows count is known on the device first. So a step is recorded as the next one begins: its numbers are on the host by then, and
+nobody has waited for them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tided.engine.tap import Tap
+from tided.engine.tap import Tap, TapSettings
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +24,7 @@ DROPPED = ""
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """One target forward. Request i's rows are `starts[i]` to `starts[i + 1]`, of which the last `rejected[i]` do not count.
+    """One target forward. Request i's rows are `starts[i]` to `starts[i + 1]`, of which the last `rejected[i]` (None: 0) do not count.
 
     ids and positions [N]; next_ids [requests]: the token that follows each request's last row; aux [N, 3 * hidden]; last [N or more,
     hidden], after the final norm, or None.
@@ -29,7 +32,7 @@ class StepRows:
 
     requests: Sequence[str]
     starts: Sequence[int]
-    rejected: Sequence[int]
+    rejected: "torch.Tensor | None"
     ids: "torch.Tensor"
     positions: "torch.Tensor"
     next_ids: "torch.Tensor"
@@ -63,6 +66,7 @@ class Capture:
     def __init__(self, tap: Tap) -> None:
         self._tap = tap
         self._followed: dict[str, _Followed] = {}
+        self._step: _Step | None = None  # the newest, while it is not recorded
 
     def begin(self, request_id: str, prompt_ids: Sequence[int], ending: Ending, opt_out: bool) -> None:
         """A request is scheduled for the first time. One that comes again (V2, after a preemption) goes on."""
@@ -74,6 +78,7 @@ class Capture:
 
     def end(self, request_id: str) -> None:
         """The runner was told that the request is over. Why is told by its last token."""
+        self.settle()
         followed = self._followed.pop(request_id, None)
         if followed is None:
             return
@@ -87,27 +92,31 @@ class Capture:
         self._tap.end(request_id, finish, tail)
 
     def step(self, rows: StepRows) -> None:
-        """Record one step."""
-        if not any(request in self._followed for request in rows.requests):
+        """Take one step; `settle` records it."""
+        self.settle()
+        if any(request in self._followed for request in rows.requests):
+            self._step = _Step(rows, self._tap.settings)
+
+    def settle(self) -> None:
+        """Record the step that was taken last. To be called before the next one begins."""
+        step, self._step = self._step, None
+        if step is None:
             return
-        total = rows.starts[len(rows.requests)]
-        ids: list[int] = rows.ids[:total].tolist()
-        firsts: list[int] = rows.positions[list(rows.starts[: len(rows.requests)])].tolist()
-        following: list[int] = rows.next_ids.tolist()
+        ids, firsts, following, rejected = step.numbers()
         segments: list[tuple[str, int, int]] = []
-        for i, request in enumerate(rows.requests):
-            start, end = rows.starts[i], rows.starts[i + 1]
+        for i, request in enumerate(step.requests):
+            start, end = step.starts[i], step.starts[i + 1]
             followed = self._followed.get(request)
             if followed is None:
                 segments.append((DROPPED, 0, end - start))
                 continue
-            count = end - rows.rejected[i] - start
+            count = end - rejected[i] - start
             known = ids[start : start + count]
             before, kept = self._keep(followed, firsts[i], known, following[i])
             segments.append((DROPPED, 0, before))
             segments.append((request, firsts[i] + before, kept))
             segments.append((DROPPED, 0, end - start - before - kept))
-        self._tap.record([segment for segment in segments if segment[2]], ids, self._states(rows, total))
+        self._tap.record([segment for segment in segments if segment[2]], ids, step.states)
 
     def _keep(self, followed: _Followed, first: int, ids: list[int], following: int) -> tuple[int, int]:
         """How many of a request's rows were recorded before, and how many of the rest to record; notes what follows them."""
@@ -129,14 +138,39 @@ class Capture:
             followed.tail = [followed.prompt[position] if position < prompt else following]
         return before, kept
 
-    def _states(self, rows: StepRows, total: int) -> "torch.Tensor":
-        """[total, states, hidden], without a copy when there is no last hidden state."""
-        hidden = self._tap.settings.hidden
-        aux = rows.aux[:total]
-        if not self._tap.settings.has_last:
-            return aux.unflatten(-1, (-1, hidden))
+
+class _Step:
+    """What is kept of a step until the next one: the runner's own buffers are written again then."""
+
+    def __init__(self, rows: StepRows, settings: TapSettings) -> None:
         import torch
 
-        if rows.last is None:
-            raise ValueError("the runner gave no last hidden state")
-        return torch.cat((aux, rows.last[:total]), dim=-1).unflatten(-1, (-1, hidden))
+        from tided.engine.device import HostCopy
+
+        self.requests, count = tuple(rows.requests), len(rows.requests)
+        self.starts = tuple(rows.starts[: count + 1])
+        self.states = _states(rows, self.starts[count], settings)
+        firsts = rows.positions[list(self.starts[:count])]
+        rejected = rows.rejected if rows.rejected is not None else torch.zeros_like(rows.next_ids)
+        parts = (rows.ids[: self.starts[count]], firsts, rows.next_ids, rejected)
+        self._sizes = [len(part) for part in parts]
+        self._numbers = HostCopy(torch.cat([part.to(torch.int64) for part in parts]))
+
+    def numbers(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """The rows' ids; each request's first position, the token that follows it, and how many of its rows do not count."""
+        ids, firsts, following, rejected = self._numbers.get().split(self._sizes)
+        return ids.tolist(), firsts.tolist(), following.tolist(), rejected.tolist()
+
+
+def _states(rows: StepRows, total: int, settings: TapSettings) -> "torch.Tensor":
+    """[total, states, hidden]; on a host without a copy when there is no last hidden state."""
+    import torch
+
+    from tided.engine.device import kept
+
+    aux = rows.aux[:total]
+    if not settings.has_last:
+        return kept(aux).unflatten(-1, (-1, settings.hidden))
+    if rows.last is None:
+        raise ValueError("the runner gave no last hidden state")
+    return torch.cat((aux, rows.last[:total]), dim=-1).unflatten(-1, (-1, settings.hidden))

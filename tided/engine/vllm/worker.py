@@ -105,6 +105,7 @@ class WorkerSide:
 
     def _follow(self, scheduler_output: Any) -> None:
         assert self._capture is not None
+        self._capture.settle()
         for request_id in scheduler_output.finished_req_ids:
             self._capture.end(request_id)
         for new in scheduler_output.scheduled_new_reqs:
@@ -184,10 +185,10 @@ class WorkerSide:
         return StepRows(
             requests=batch.req_ids[:count],
             starts=metadata.query_start_loc_cpu[: count + 1].tolist(),
-            rejected=rejected[:count].tolist() if rejected is not None else [0] * count,
+            rejected=rejected[:count] if rejected is not None else None,
             ids=bound["target_token_ids"],
             positions=positions if positions.ndim == 1 else positions[0],
-            next_ids=bound["next_token_ids"],
+            next_ids=bound["next_token_ids"][:count],
             aux=bound["target_hidden_states"],
             last=self._last,
         )
@@ -200,7 +201,7 @@ class WorkerSide:
         return StepRows(
             requests=batch.req_ids[:count],
             starts=batch.query_start_loc_np[: count + 1].tolist(),
-            rejected=bound["num_rejected"][:count].tolist(),
+            rejected=bound["num_rejected"][:count],
             ids=batch.input_ids,
             positions=batch.positions,
             next_ids=bound["last_sampled"][batch.idx_mapping[:count]].flatten(),
@@ -331,6 +332,8 @@ class WorkerSide:
 
     def close(self, deadline_s: float) -> Status:
         """Send what the tap holds."""
+        if self._capture is not None:
+            self._guarded(lambda capture: capture.settle(), self._capture)
         if self.publisher is not None:
             self.publisher.close(deadline_s)
         return self.status()

@@ -1,0 +1,330 @@
+"""On an accelerator: the trainer's use of it at the size of a large target, FSDP2 on one device, and what the tap costs an engine there.
+
+`python -m bench.device [trainer] [fsdp] [tap]` writes build/bench/device.json; figures of lent machines are kept under bench/results/.
+Weights are random, with Llama-3.1-8B's sizes (the tap's target has 16 of its 32 layers): what is measured is speed alone.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench import tap
+from bench.report import Claim, at_least, at_most, median, one_of, show, write
+from bench.samples import Answer, write_shard
+from tided.draft import init
+from tided.draft.checkpoint import DraftConfig
+from tided.draft.eagle3 import Eagle3
+from tided.model.records import Recipe
+from tided.training import flash
+from tided.training.batches import Order
+from tided.training.data import Run
+from tided.training.loop import Loop, Objective
+from tided.training.losses import CandidateSampler, Frozen
+from tided.training.options import TrainOptions, options_for
+
+PARTS = ("trainer", "fsdp", "tap")
+WORK = Path("build/device")
+LARGE = DraftConfig(
+    hidden=4096,
+    intermediate=14336,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    vocab=128_256,
+    draft_vocab=32_000,
+    rms_eps=1e-5,
+    rope_theta=500_000.0,
+    max_position=8192,
+)
+LAYERS, VOCAB = 16, 49_152  # of the target on disk; its tokenizer is the small model's
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+PACKS = (2048, 8192, 16_384)
+"""Trained tokens a step."""
+MEASURED_S, WARM_UP_S = 10.0, 4.0
+PEAK = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12}
+"""Dense BF16 operations a second by the vendor's data sheet, by the beginning of the device's name."""
+UTILISATION = 0.40
+PROMPTS = ANSWERS = (64, 960)  # tokens: uniform between
+TAP_PAIRS = {1: 12, 8: 12, 32: 12}
+
+
+def main() -> None:
+    """Each part writes its claims as soon as it has them."""
+    parser = argparse.ArgumentParser(prog="python -m bench.device", description=__doc__)
+    parser.add_argument("parts", nargs="*", type=one_of(PARTS), default=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--profile", action="store_true", help="print where a step's time goes")
+    given = parser.parse_args()
+    device = torch.accelerator.current_accelerator()
+    if device is None:
+        sys.exit("torch finds no accelerator here; on processors: bench.trainer, bench.tap")
+    name = torch.get_device_module(device).get_device_name()
+    bodies = {
+        "trainer": lambda: trainer(device, name, given.profile),
+        "fsdp": lambda: fsdp(device),
+        "tap": lambda: taps(device),
+    }
+    for part in given.parts:
+        claims = bodies[part]()
+        write("device", claims, keep=True, extra={"device": name})
+        show(f"{part} on {name}", claims)
+
+
+# --- the trainer ---
+
+
+def trainer(device: torch.device, name: str, profiled: bool) -> list[Claim]:
+    """Trained tokens a second of the loop that a job runs, and the operations that its matrix products take of the device's peak."""
+    frozen = Frozen(
+        (0.02 * torch.randn(LARGE.vocab, LARGE.hidden, device=device)).bfloat16(),
+        (0.02 * torch.randn(LARGE.draft_vocab, LARGE.hidden, device=device)).bfloat16(),
+        torch.arange(LARGE.vocab, device=device).where(
+            torch.arange(LARGE.vocab, device=device) < LARGE.draft_vocab, -1
+        ),
+    )
+    runs = list(synthetic(60_000, LARGE.hidden, LARGE.vocab, device))
+    reached = _matrix_rate(device)
+    peak = next((value for known, value in PEAK.items() if name.startswith(known)), reached)
+    claims = [Claim("device-matrix", "8192 x 8192 x 8192 matrix product in BF16", reached / 1e12, "TFLOP/s")]
+    for tokens in PACKS:
+        options = options_for(
+            Recipe.COLD,
+            {"batch_tokens": tokens, "pack_rows": 8 * tokens, "passes": 1000, "device": str(device), "patience": 1000},
+        )
+        with _attention(flash.available):
+            claims += _rates(runs, frozen, options, peak)
+        if tokens == PACKS[1]:
+            if profiled:
+                _profile(runs, frozen, options)
+            with _attention(lambda *_: False):
+                plain = _loop(runs, frozen, options, MEASURED_S)
+            rate = plain.at.tokens / plain.at.elapsed_s
+            what = f"the same in steps of {tokens} tokens, its attention without flash kernels"
+            claims.append(Claim(f"device-plain-{tokens}", what, rate, "tokens/s"))
+    best = max(float(claim.value or 0) for claim in claims if claim.id.startswith("device-mfu"))
+    what = f"the best of these, of {peak / 1e12:.0f} TFLOP/s"
+    return [*claims, at_least("device-mfu", what, best, UTILISATION)]
+
+
+def _rates(runs: Sequence[Run], frozen: Frozen, options: TrainOptions, peak: float) -> list[Claim]:
+    tokens = options.batch_tokens
+    _loop(runs, frozen, options, WARM_UP_S)
+    operations, candidates = _operations(runs, frozen, options)
+    torch.get_device_module(options.device).reset_peak_memory_stats()
+    loop = _loop(runs, frozen, options, MEASURED_S)
+    rate = loop.at.tokens / loop.at.elapsed_s
+    memory = torch.get_device_module(options.device).max_memory_allocated() / 2**30
+    what = f"trained tokens a second at hidden {LARGE.hidden}, {options.unroll_steps} passes, steps of {tokens} tokens"
+    return [
+        Claim(f"device-rate-{tokens}", what, rate, "tokens/s"),
+        Claim(
+            f"device-mfu-{tokens}",
+            "its matrix products' share of the peak, attention left out",
+            rate * operations / peak,
+        ),
+        Claim(
+            f"device-operations-{tokens}",
+            f"operations a token ({candidates} tokens in the softmax)",
+            operations / 1e9,
+            "GFLOP",
+        ),
+        Claim(f"device-memory-{tokens}", "peak memory", memory, "GiB"),
+    ]
+
+
+def _loop(runs: Sequence[Run], frozen: Frozen, options: TrainOptions, budget_s: float) -> Loop:
+    """A training of a new draft, ended by its budget. What it waits for samples is in its time."""
+    draft = _new_draft(options.device)
+    loop = Loop(draft, frozen, options, runs, [], [], 4, lambda _: None, Path("not-written"), "")
+    loop.run(budget_s)
+    return loop
+
+
+def _new_draft(device: str) -> Eagle3:
+    torch.manual_seed(0)
+    with torch.device(device):
+        draft = Eagle3(LARGE)
+    for parameter in draft.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.02)
+    return draft
+
+
+def _operations(runs: Sequence[Run], frozen: Frozen, options: TrainOptions) -> tuple[float, int]:
+    """Operations a trained token of all matrix products of a forward and its backward but attention's, as torch counts them; and how
+    many tokens the softmax runs over."""
+    sampler = CandidateSampler(runs, frozen, options.negatives)
+    objective = Objective(_new_draft(options.device), frozen, options, sampler.seen)
+    candidates = sampler.draw(0)
+    total = tokens = 0
+    for batch in _first(Order(runs, [], options).batches(0), 2):
+        batch.receive()
+        with FlopCounterMode(display=False) as counter:
+            objective(batch.packs[0][0], candidates).backward()
+        counts = counter.get_flop_counts()["Global"]
+        total += sum(count for operator, count in counts.items() if str(operator) in ("aten.mm", "aten.addmm"))
+        tokens += batch.tokens
+    return total / tokens, len(candidates.ids)
+
+
+def _profile(runs: Sequence[Run], frozen: Frozen, options: TrainOptions) -> None:
+    """Print which kernels take a step's time."""
+    sampler = CandidateSampler(runs, frozen, options.negatives)
+    objective = Objective(_new_draft(options.device), frozen, options, sampler.seen)
+    batches = list(_first(Order(runs, [], options).batches(0), 3))
+    for turn, batch in enumerate(batches):
+        batch.receive()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+            began = time.perf_counter()
+            objective(batch.packs[0][0], sampler.draw(turn)).backward()
+            torch.accelerator.synchronize()
+            seconds = time.perf_counter() - began
+        if turn == len(batches) - 1:
+            print(f"a step of {batch.tokens} tokens: {1000 * seconds:.1f} ms")
+            print(found.key_averages().table(sort_by="self_device_time_total", row_limit=28, max_name_column_width=70))
+
+
+def _matrix_rate(device: torch.device) -> float:
+    """Operations a second, the median of ten products of random matrices."""
+    a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
+    seconds = list[float]()
+    for _ in range(13):
+        torch.accelerator.synchronize()
+        began = time.perf_counter()
+        torch.mm(a, b)
+        torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * 8192**3 / median(seconds[3:])
+
+
+def synthetic(tokens: int, hidden: int, vocab: int, device: torch.device) -> Iterator[Run]:
+    """Runs with `tokens` rows in all: random states, and ids as rare as ranks in a language are."""
+    rng = np.random.default_rng(0)
+    made = 0
+    while made < tokens:
+        prompt, answer = int(rng.integers(*PROMPTS)), int(rng.integers(*ANSWERS))
+        rows = prompt + answer - 1
+        states = torch.randn(rows, 4, hidden, device=device).bfloat16().cpu().view(torch.int16).numpy().view(np.uint16)
+        ids = np.minimum(rng.zipf(1.2, rows + 1), vocab) - 1
+        yield Run(states, ids, 0, prompt, rng.bytes(16))
+        made += rows
+
+
+def _first(items: Iterator[Any], count: int) -> Iterator[Any]:
+    for item, _ in zip(items, range(count), strict=False):
+        yield item
+
+
+@contextmanager
+def _attention(available: Any) -> Iterator[None]:
+    """With or without flash kernels."""
+    before, flash.available = flash.available, available
+    try:
+        yield
+    finally:
+        flash.available = before
+
+
+# --- FSDP2 on one device ---
+
+
+def fsdp(device: torch.device) -> list[Claim]:
+    """The same job by torchrun, its parameters sharded over one process, and without: the same losses."""
+    model = target(device)
+    shard = WORK / "shard.safetensors"
+    if not shard.exists():
+        write_shard(shard, [_answer(run) for run in synthetic(24_000, LARGE.hidden, VOCAB, device)])
+    draft = WORK / "draft"
+    if not draft.exists():
+        init.init_draft(model, draft, 16_384)
+    spec = {
+        "target_dir": str(model),
+        "draft_dir": str(draft),
+        "shards": [str(shard)],
+        "budget_s": 600.0,
+        "options": {"device": device.type, "batch_tokens": 1024, "passes": 1, "validation_share": 0.0},
+    }
+    (WORK / "job.json").write_text(json.dumps(spec))
+    runner = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
+    alone, sharded = (_losses(WORK / name, how) for name, how in (("alone", ()), ("sharded", runner)))
+    apart = max(abs(a - b) / a for a, b in zip(alone, sharded, strict=True))
+    fallen = alone[-1] / alone[0]
+    return [
+        at_most(
+            "device-fsdp",
+            f"losses of {len(alone)} steps by torchrun and FSDP2, from those without, at most",
+            apart,
+            0.01,
+        ),
+        Claim("device-fsdp-loss", "the last loss over the first", fallen),
+    ]
+
+
+def _losses(out: Path, runner: Sequence[str]) -> list[float]:
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, *runner, "-m", "tided.training", "train", str(WORK / "job.json"), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
+    losses: list[float] = json.loads((out / "report.json").read_text())["losses"]
+    if not all(map(math.isfinite, losses)):
+        raise RuntimeError(f"losses of {out}: {losses}")
+    return losses
+
+
+def _answer(run: Run) -> Answer:
+    states = torch.from_numpy(run.states.view(np.int16)).view(torch.bfloat16)
+    return Answer(run.ids.tolist(), run.prompt_tokens, states)
+
+
+def target(device: torch.device) -> Path:
+    """A directory with a Llama of random weights and the small model's tokenizer, made once."""
+    path = WORK / "target"
+    if (path / "config.json").exists():
+        return path
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=LARGE.hidden,
+        intermediate_size=LARGE.intermediate,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=LARGE.heads,
+        num_key_value_heads=LARGE.kv_heads,
+        max_position_embeddings=LARGE.max_position,
+        rms_norm_eps=LARGE.rms_eps,
+        tie_word_embeddings=False,
+    )
+    path.mkdir(parents=True)
+    for name in TOKENIZER:
+        shutil.copy(Path("build/models/smollm2") / name, path)
+    with torch.device(device):
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+# --- the tap ---
+
+
+def taps(device: torch.device) -> list[Claim]:
+    """`bench.tap` on the device."""
+    claims = asyncio.run(tap.measure(target(device), TAP_PAIRS, device.type))
+    return [replace(claim, id=f"device-{claim.id}") for claim in claims]
+
+
+if __name__ == "__main__":
+    main()
