@@ -20,6 +20,7 @@ FAILPOINTS = {
         "dispatcher.submitting",
         "dispatcher.submitted",
         "dispatcher.stored",
+        "dispatcher.pooled",
         "dispatcher.retired",
         "faults.submitting",
         "scout.submitting",

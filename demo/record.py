@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 DRIFT, TRAINING, SWAPPED = "drift-detected", "training-started", "draft-swapped"
+POOLED = "pool-switched"
 RECENT = 6
 """Measurement pairs that a current figure is the median of."""
 
@@ -63,8 +64,12 @@ class Record:
     def adapted(self, phase: int) -> Happening | None:
         """The first draft that was swapped in and trained on a phase's traffic: from phase 2 on, its training began after the drift."""
         awaited = [TRAINING, SWAPPED] if phase == 1 else [DRIFT, TRAINING, SWAPPED]
+        pooled = False
         for seen in self.happenings:
-            if seen.phase == phase and seen.kind == awaited[0]:
+            pooled = pooled or seen.kind == POOLED
+            if seen.kind == SWAPPED and pooled:
+                pooled = False  # a draft of the pool: it was trained on earlier traffic
+            elif seen.phase == phase and seen.kind == awaited[0]:
                 awaited.pop(0)
                 if not awaited:
                     return seen

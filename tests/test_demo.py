@@ -30,6 +30,8 @@ def record() -> Record:
         Happening(230, 2, "drift-detected", "drift-detected: acceptance fell"),
         Happening(260, 2, "draft-swapped", "draft-swapped: d@2"),  # its training began in phase 1
         Happening(265, 2, "training-started", "training-started: drift"),
+        Happening(280, 2, "pool-switched", "pool-switched: d@2 -> d@1"),
+        Happening(281, 2, "draft-swapped", "draft-swapped: d@1"),  # of the pool
         Happening(300, 2, "draft-swapped", "draft-swapped: d@3"),
     ]
     timeline = [{"at_s": float(i), "gammas": [0 if i < 95 else 3, 0]} for i in range(300)]

@@ -30,6 +30,7 @@ from tided.machine.collection import (
     step,
     validate_state,
 )
+from tided.model.codec import from_plain, to_plain
 from tided.model.errors import InvariantBroken
 from tided.model.records import Recipe
 
@@ -47,6 +48,7 @@ STOPPED = Collection(Phase.STOPPED, trainings=2, deployed=1)
 STOPPED_LOW = replace(STOPPED, low=LOW, drifts=1, drifts_seen=1, drifts_answered=1)
 DRIFTING = replace(LATER, low=LOW, drifts=1)
 DRIFT_TRAINING = replace(RETRAINING, low=LOW, drifts=1, drifts_seen=1)
+MOVED = replace(DRIFT_TRAINING, drifts=2, domain=1, moved=True, not_before_ms=NOW - 1)
 STATES = {
     "cold": COLD,
     "full-cooling": FULL_COOLING,
@@ -58,6 +60,7 @@ STATES = {
     "stopped-low": STOPPED_LOW,
     "drifting": DRIFTING,
     "drift-training": DRIFT_TRAINING,
+    "moved": MOVED,
 }
 EVENTS: dict[str, CollectionEvent] = {
     "rows": RowsStored(NOW, 100),
@@ -67,6 +70,7 @@ EVENTS: dict[str, CollectionEvent] = {
     "requested": TrainingRequested(NOW),
     "submitted": JobSubmitted(NOW, "job-9"),
     "deployed": TrainingEnded(NOW, Outcome.DEPLOYED),
+    "pooled": TrainingEnded(NOW, Outcome.POOLED),
     "worse": TrainingEnded(NOW, Outcome.WORSE),
     "undecided": TrainingEnded(NOW, Outcome.UNDECIDED),
     "job-failed": TrainingEnded(NOW, Outcome.FAILED),
@@ -78,16 +82,17 @@ EVENTS: dict[str, CollectionEvent] = {
 C, T, X = Phase.COLLECTING, Phase.TRAINING, Phase.STOPPED
 # phase after each event, in the order of EVENTS
 PHASES = {
-    "cold": (T, C, C, C, T, C, C, C, C, C, C, C, C),
-    "full-cooling": (C, C, C, C, T, C, C, C, C, C, C, C, C),
-    "full": (T, C, C, C, T, C, C, C, C, C, C, T, C),
-    "training": (T, T, T, T, T, T, C, C, C, C, C, T, T),
-    "later": (T, C, C, C, T, C, C, C, C, C, C, C, C),
-    "retraining": (T, T, T, T, T, T, C, X, C, C, X, T, T),
-    "stopped": (X, X, C, X, X, X, X, X, X, X, X, X, X),
-    "stopped-low": (X, X, X, X, X, X, X, X, X, X, X, X, X),
-    "drifting": (T, C, C, C, T, C, C, C, C, C, C, C, C),
-    "drift-training": (T, T, T, T, T, T, C, X, C, C, X, T, T),
+    "cold": (T, C, C, C, T, C, C, C, C, C, C, C, C, C),
+    "full-cooling": (C, C, C, C, T, C, C, C, C, C, C, C, C, C),
+    "full": (T, C, C, C, T, C, C, C, C, C, C, C, T, C),
+    "training": (T, T, T, T, T, T, C, C, C, C, C, C, T, T),
+    "later": (T, C, C, C, T, C, C, C, C, C, C, C, C, C),
+    "retraining": (T, T, T, T, T, T, C, C, X, C, C, X, T, T),
+    "stopped": (X, X, C, X, X, X, X, X, X, X, X, X, X, X),
+    "stopped-low": (X, X, X, X, X, X, X, X, X, X, X, X, X, X),
+    "drifting": (T, C, C, C, T, C, C, C, C, C, C, C, C, C),
+    "drift-training": (T, T, T, T, T, T, C, C, X, C, C, X, T, T),
+    "moved": (T, T, T, T, T, T, C, C, C, C, C, C, T, T),
 }
 
 
@@ -157,11 +162,35 @@ def test_a_trend_that_stays_low_after_a_worse_draft_waits_for_the_next_drift() -
 def test_a_drift_in_the_middle_of_a_training_is_still_to_be_answered_after_it() -> None:
     state, actions = step(RETRAINING, TrendJudged(NOW, LOW), RULES)
     assert (state.phase, actions) == (T, (AnnounceDrift(LOW),))
-    for outcome in (Outcome.DEPLOYED, Outcome.WORSE):
+    assert state.moved
+    for outcome in (Outcome.DEPLOYED, Outcome.POOLED, Outcome.WORSE):
         after, _ = step(state, TrainingEnded(NOW + 1, outcome), RULES)
-        assert (after.phase, after.drifting) == (C, True)
+        assert (after.phase, after.drifting, after.moved) == (C, True, False)
         after, actions = step(after, RowsStored(NOW + 2_000, 100), RULES)
         assert actions == (StartTraining(Recipe.DRIFT, NOW),)
+
+
+def test_a_draft_for_traffic_that_has_gone_leaves_the_drift_and_delays_no_training_for_it() -> None:
+    rules = replace(RULES, jobs_per_hour=2)
+    state, _ = step(replace(MOVED, spent=((NOW - 90, 0),)), TrainingEnded(NOW, Outcome.POOLED, worker_ms=40), rules)
+    assert (state.drifts_answered, state.drifting, state.deployed, state.low) == (1, True, MOVED.deployed, LOW)
+    assert (state.spent, state.job, state.domain) == (((NOW - 90, 40),), "", 0)
+    after, actions = step(state, RowsStored(NOW, 100), rules)  # no cool-down
+    assert actions == (StartTraining(Recipe.DRIFT, MOVED.since_ms),)
+    full = replace(state, spent=((NOW - 95, 0), *state.spent))
+    assert step(full, RowsStored(NOW, 100), rules) == (replace(full, rows=100), ()), "the budget holds"
+    answered, _ = step(MOVED, DriftAnswered(NOW, 2), RULES)
+    after, _ = step(answered, TrainingEnded(NOW, Outcome.POOLED), RULES)
+    assert (after.drifting, after.not_before_ms) == (False, NOW + RULES.cool_down_ms)
+
+
+def test_a_training_s_traffic_is_noted_with_its_job_and_states_of_before_do_not_know_it() -> None:
+    begun, _ = step(FULL, RowsStored(NOW, 100), RULES)
+    begun, _ = step(begun, JobSubmitted(NOW, "job-3", 7), RULES)
+    assert (begun.job, begun.domain, begun.moved) == ("job-3", 7, False)
+    stored = to_plain(begun)
+    del stored["domain"], stored["moved"]
+    assert from_plain(Collection, stored) == replace(begun, domain=0)
 
 
 def test_a_failed_job_costs_a_cool_down_and_no_more() -> None:
@@ -233,6 +262,8 @@ def test_capture_is_wanted_only_while_it_may_be_used() -> None:
         replace(STOPPED, deployed=0),
         replace(LATER, drifts_seen=1),
         replace(LATER, rows=-1),
+        replace(LATER, domain=1),
+        replace(LATER, moved=True),
     ],
 )
 def test_impossible_states_are_recognised(broken: Collection) -> None:
@@ -280,7 +311,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     @rule()
     def submitted(self) -> None:
-        self.happen(JobSubmitted(self.now_ms, "job-1"))
+        self.happen(JobSubmitted(self.now_ms, "job-1", 2))
 
     @rule(outcome=st.sampled_from(Outcome), gain=st.sampled_from([0.001, 0.5]), took_ms=st.integers(0, 4_000))
     def ended(self, outcome: Outcome, gain: float = 0.5, took_ms: int = 0) -> None:

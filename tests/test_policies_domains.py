@@ -79,10 +79,10 @@ def test_the_domain_that_was_left_longest_ago_goes_first_and_never_what_serves()
     domains = Domains()
     for number, version in enumerate((A, B, C, D)):
         domains = domains.drifted(100 * number).deployed(version, 2.0, 100 * number + 50, RULES)
-    assert versions(domains) == {2: B, 3: C, 4: D}
+    assert versions(domains) == {3: B, 4: C, 5: D}
     # B is gone back to: now C was left longest ago.
     back = domains.drifted(500).scored({B: 2.0, C: 1.0, D: 1.0}, B, 600, RULES)
-    assert versions(back.drifted(700).deployed(A, 2.0, 800, RULES)) == {2: B, 4: D, 5: A}
+    assert versions(back.drifted(700).deployed(A, 2.0, 800, RULES)) == {3: B, 5: D, 6: A}
 
 
 def test_near_duplicates_in_two_domains_are_merged_into_the_better() -> None:
@@ -93,6 +93,28 @@ def test_near_duplicates_in_two_domains_are_merged_into_the_better() -> None:
     assert twice.entries[0].uses == 2
     far = once.drifted(500).scored({A: 1.50, B: 1.40}, A, 600)
     assert len(far.entries) == 2
+
+
+def test_what_was_trained_for_traffic_that_has_gone_is_kept_for_its_return() -> None:
+    domains = TWO.drifted(300)
+    kept = domains.kept(C, 2, 2.6, 400)
+    assert versions(kept) == {1: A, 2: C}
+    assert kept.of(C) == Domain(2, C, 2.6, 300)
+    assert (kept.current, kept.served, kept.here) == (0, B, 3)
+    assert kept.kept(C, 2, 2.6, 500) == kept  # safe to repeat
+    assert domains.kept(A, 2, 2.6, 400) == domains  # what it serves already
+    full = domains.kept(C, 3, 2.0, 400, RULES).kept(D, 4, 2.0, 500, RULES)
+    assert versions(full) == {2: B, 3: C, 4: D}
+
+
+def test_traffic_that_was_left_before_a_draft_was_deployed_for_it_keeps_its_number() -> None:
+    gone = TWO.drifted(300)
+    assert gone.here == 3
+    now = gone.drifted(400)
+    assert (now.here, now.opened) == (4, 3)
+    opened = now.kept(C, 3, 2.0, 500)
+    assert (opened.here, opened.opened, versions(opened)) == (4, 3, {1: A, 2: B, 3: C})
+    assert versions(opened.deployed(D, 2.0, 600)) == {1: A, 2: B, 3: C, 4: D}
 
 
 def test_a_draft_that_must_not_serve_is_in_no_domain() -> None:
@@ -132,6 +154,18 @@ class History(RuleBasedStateMachine):
         else:
             assert self.domains.current == before.opened + 1
         assert self.domains.of(version) is not None
+
+    @precondition(lambda self: self.domains.opened)
+    @rule(data=st.data(), length=st.floats(1.0, 4.0))
+    def keep(self, data: st.DataObject, length: float) -> None:
+        """A training ends for a domain that traffic has left."""
+        before, version = self.domains, f"{self.made:064x}"
+        numbers = [number for number in range(1, before.opened + 1) if number != before.here]
+        if not numbers:
+            return
+        self.made += 1
+        self.domains = before.kept(version, data.draw(st.sampled_from(numbers)), length, self.tick(), RULES)
+        assert (self.domains.here, self.domains.served) == (before.here, before.served)
 
     @precondition(lambda self: self.domains.served)
     @rule(data=st.data())

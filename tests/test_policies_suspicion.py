@@ -189,6 +189,33 @@ def test_a_trend_that_hovers_leaves_the_question_open() -> None:
     assert story.state.answer is Answer.OPEN
 
 
+@pytest.mark.parametrize(
+    ("scored", "passed", "answer"),
+    [(0.6, True, Answer.NONE), (0.6, False, Answer.DRIFT), (0.55, True, Answer.DRIFT)],
+)
+def test_a_few_hard_requests_are_no_drift_where_the_draft_scores_what_it_did(
+    *, scored: float, passed: bool, answer: Answer
+) -> None:
+    story = Story()
+    story.state = replace(story.state, expected=(replace(story.state.expected[0], conditional=(0.6,) * 4, error=0.0),))
+    story.falls = (T,)
+    story.look()
+    story.state = replace(story.state, onset_ms=story.now_ms)
+    story.serve(scored, 40)
+    story.falls = () if passed else (T,)
+    story.look()
+    assert story.state.questioned
+    for alpha, said in (
+        (scored + 0.08, Answer.OPEN),
+        (scored, answer),
+    ):  # the first is neither, and is not what was known before
+        story.state = asked(story.state, Wish(T, story.state.onset_ms), "job", story.now_ms)
+        found = replace(score(story.draw, alpha, prompts=400), conditional=(alpha,) * 4)
+        story.state, _ = judge(story.state, story.served, (found,))
+        assert story.state.answer is said
+    assert bool(story.state.answered_by) == (answer is Answer.DRIFT)
+
+
 def test_a_failed_score_is_asked_for_again_and_not_at_once() -> None:
     story = Story()
     story.fall(0.3)

@@ -254,7 +254,7 @@ async def test_a_repeated_submission_is_one_job(scene: Scene) -> None:
     await eventually(training)
     before = await scene.collection()
     controller = scene.control.controller
-    controller.dispatcher = Dispatcher(scene.control.context, controller.heads, controller.canaries)
+    controller.dispatcher = Dispatcher(scene.control.context, controller.heads, controller.canaries, controller.scout)
     for _ in range(3):
         await scene.control.cycle()
     assert [job.id for job in await scene.control.plane.jobs(10)] == [before.job]

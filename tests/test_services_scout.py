@@ -10,15 +10,16 @@ import pytest
 from tests.conftest import Valkey
 from tests.control import Control, leading, settings, store_draft, store_samples, variant
 from tests.engine_double import EngineDouble, describe_double, running_double
-from tests.support import eventually
+from tests.support import cut_at, eventually
 from tests.test_services_controller import evaluation
 from tided.config import GateConfig
 from tided.draft import checkpoint
-from tided.machine.collection import Collection
+from tided.machine.collection import Collection, Phase
 from tided.model.records import (
     Deployment,
     DeploymentState,
     Draft,
+    DraftOrigin,
     Event,
     JobKind,
     JobResult,
@@ -31,8 +32,10 @@ from tided.policies.domains import Domain, Domains
 from tided.policies.faults import Comparison, Verdict
 from tided.policies.suspicion import Answer, Suspicion
 from tided.services import dispatcher, faults, scout
+from tided.services.context import Context
 from tided.services.pools import POOLED, Head
 from tided.services.scout import Cause, Scouting, Stage, choose
+from tided.services.stock import Stockroom
 from tided.store.jobs import Claim
 
 pytest_plugins = ("tests.tiny_fixtures",)
@@ -51,6 +54,7 @@ class Scene:
     root: Path
     day: Draft
     night: Draft
+    late: Draft | None = None  # what a training for night's traffic gave
 
     @property
     def digest(self) -> str:
@@ -74,7 +78,9 @@ class Scene:
         """Traffic has moved, and so much of it is stored. Since when."""
         before = await self.collection()
         now_ms = await self.control.context.now_ms()
-        await self.put(dispatcher.STATE, replace(before, drifts=before.drifts + 1, since_ms=now_ms, rows=0))
+        moved = before.phase is Phase.TRAINING
+        drifted = replace(before, drifts=before.drifts + 1, moved=moved, since_ms=now_ms, rows=0)
+        await self.put(dispatcher.STATE, drifted)
         self.samples(now_ms + 1, train, held_out)
         return now_ms
 
@@ -89,7 +95,7 @@ class Scene:
         return await eventually(claim)
 
     async def score(self, claim: Claim, **lengths: float) -> None:
-        """Finish a score with the acceptance lengths of `day` and `night`."""
+        """Finish a score with the acceptance lengths of `day`, `night` and `late`."""
         by_version = {getattr(self, name).version: length for name, length in lengths.items()}
         spec = claim.job.spec
         scores = tuple(evaluation(other.version, by_version[other.version], 20) for other in spec.candidates)
@@ -97,6 +103,38 @@ class Scene:
             version=spec.draft, candidate=evaluation(spec.draft, by_version[spec.draft], 20), scores=scores
         )
         await self.control.context.jobs.finish(claim, result)
+
+    async def train(self) -> Claim:
+        """A training for the traffic of now begins."""
+        self.samples(await self.control.context.now_ms() + 1)
+        return await self.claimed(JobKind.TRAIN)
+
+    async def trained(self, claim: Claim, gain: float = 0.4) -> str:
+        """It succeeds; how its cycle ended."""
+        before = len(await self.control.events("training-ended"))
+        staged = variant(self.first, self.root / "staged", 3)
+        version = checkpoint.version_of(staged)
+        old, new = evaluation(claim.job.spec.draft, 2.2, 8), evaluation(version, 2.2 + gain, 8)
+        await self.control.context.jobs.finish(claim, JobResult(str(staged), version, old, new, 1000, 1.0))
+
+        async def ended() -> bool:
+            await self.control.cycle()
+            found = await self.control.controller.deployer.current(ENGINE)
+            if found is not None and found.state is DeploymentState.WATCHING:
+                await self.engine.report(alpha=0.6, requests=6)
+            return len(await self.control.events("training-ended")) > before
+
+        await eventually(ended)
+        self.late = await self.control.plane.draft(version)
+        return (await self.control.events("training-ended"))[-1].message
+
+    async def pooled(self) -> dict[int, str]:
+        """The draft of each domain."""
+        return {entry.number: entry.version for entry in (await self.scouting()).domains.entries}
+
+    async def reserves(self) -> set[int]:
+        """The domains of which samples were trained on."""
+        return set(await Stockroom(self.control.context).reserved(self.digest))
 
     async def happened(self, kind: str) -> Event:
         async def seen() -> list[Event]:
@@ -472,6 +510,150 @@ async def test_deployments_make_the_domains(scene: Scene) -> None:
     domains = (await scene.scouting()).domains
     assert [entry.version for entry in domains.entries] == [scene.night.version, scene.day.version]
     assert domains.current == 2
+
+
+async def test_a_draft_for_traffic_that_has_gone_is_kept_for_it_and_asked_about_at_once(scene: Scene) -> None:
+    scene.configure("training", cool_down_s=600.0)
+    claim = await scene.train()
+    assert (await scene.collection()).domain == 2
+    since_ms = await scene.drift()
+    await scene.score(await scene.claimed(), day=1.2, night=1.3)
+    message = await scene.trained(claim)
+    assert scene.late is not None
+    assert message.startswith("pooled: tiny@")
+    assert "domain 2: traffic is of domain 3 now" in message
+    assert "Swap" not in scene.engine.kinds()
+    assert await scene.pooled() == {1: scene.day.version, 2: scene.late.version}
+    assert await scene.reserves() == {2}
+    collection = await scene.collection()
+    assert (collection.drifting, collection.not_before_ms, len(collection.spent)) == (True, 0, 1)
+    again = await scene.claimed()  # retry_s is ten minutes
+    assert {candidate.version for candidate in again.job.spec.candidates} == {scene.day.version, scene.late.version}
+    assert [Path(path).name for path in again.job.spec.held_out if f"{since_ms + 1:013d}" in path] != []
+    fresh = await scene.claimed(JobKind.TRAIN)  # for the traffic of now, without a cool-down
+    assert (fresh.job.spec.draft, fresh.job.spec.recipe) == (scene.night.version, Recipe.DRIFT)
+    assert (await scene.collection()).domain == 3
+    await scene.score(again, day=1.2, night=1.3, late=1.9)
+    await scene.serves(scene.late)
+    assert (await scene.scouting()).domains.current == 0  # the best start only
+
+
+async def test_traffic_that_was_known_to_nobody_gets_its_domain_though_it_has_gone(scene: Scene) -> None:
+    await scene.drift()
+    await scene.score(await scene.claimed(), day=1.2, night=1.3)
+    claim = await scene.claimed(JobKind.TRAIN)
+    await scene.drift()
+    await scene.score(await scene.claimed(), day=1.1, night=1.2)
+    assert (await scene.trained(claim)).startswith("pooled")
+    assert scene.late is not None
+    assert await scene.pooled() == {1: scene.day.version, 2: scene.night.version, 3: scene.late.version}
+    assert (await scene.scouting()).domains.here == 4
+    assert await scene.reserves() == {3}
+
+
+@pytest.mark.parametrize("cause", [Cause.DRIFT, Cause.RISE])
+async def test_a_pooled_draft_that_answers_the_change_stays_and_the_training_s_goes_to_its_own_domain(
+    scene: Scene, cause: Cause
+) -> None:
+    claim = await scene.train()
+    if cause is Cause.DRIFT:
+        await scene.drift()
+    else:
+        now_ms = await scene.control.context.now_ms()
+        scene.samples(now_ms + 1)
+        asking = Scouting((await scene.scouting()).domains, Stage.SAMPLING, cause, since_ms=now_ms)
+        await scene.put(scout.STATE, replace(asking, asked_ms=now_ms, deadline_ms=now_ms + 60_000))
+    await scene.score(await scene.claimed(), day=2.3, night=1.3)
+    await scene.serves(scene.day)
+    assert await scene.settles() is DeploymentState.LIVE
+    await scene.control.converge()
+    assert (await scene.trained(claim)).startswith("pooled")
+    assert scene.late is not None
+    assert await scene.pooled() == {1: scene.day.version, 2: scene.late.version}
+    assert scene.engine.info.version == scene.day.version
+    assert scene.engine.kinds().count("Swap") == 1
+
+
+async def test_while_it_is_not_known_why_acceptance_fell_no_new_draft_is_deployed(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Suspicion(scene.engine.info.incarnation, scene.night.version)
+
+    async def told(*_: object) -> Suspicion:
+        return found
+
+    monkeypatch.setattr(scene.control.controller.faults, "reconcile", told)
+    claim = await scene.train()
+    found = replace(found, answer=Answer.OPEN)
+    staged = variant(scene.first, scene.root / "staged", 3)
+    old, new = evaluation(scene.night.version, 2.2, 8), evaluation(checkpoint.version_of(staged), 2.6, 8)
+    await scene.control.context.jobs.finish(claim, JobResult(str(staged), new.version, old, new, 1000, 1.0))
+    await scene.happened("draft-added")
+    for _ in range(3):
+        await scene.control.cycle()
+    assert "Swap" not in scene.engine.kinds()
+    found = replace(found, answer=Answer.DRIFT)
+    await scene.happened("drift-detected")
+    scene.samples(await scene.control.context.now_ms() + 1)
+    await scene.score(await scene.claimed(), day=1.2, night=1.3)
+    assert (await scene.happened("training-ended")).message.startswith("pooled")
+    assert "Swap" not in scene.engine.kinds()
+
+
+async def test_traffic_that_came_back_before_the_training_ended_gets_its_draft(scene: Scene) -> None:
+    claim = await scene.train()
+    await scene.drift()
+    await scene.score(await scene.claimed(), day=1.2, night=2.2)  # as at home
+    assert (await scene.trained(claim)).startswith("deployed")
+    assert scene.late is not None
+    await scene.control.converge()
+    assert scene.engine.info.version == scene.late.version
+    assert await scene.pooled() == {1: scene.day.version, 2: scene.late.version}
+
+
+@pytest.mark.parametrize("reason", ["no pool", "version 0"])
+async def test_where_nothing_else_would_be_better_the_draft_is_deployed_all_the_same(
+    scene: Scene, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason == "no pool":
+        scene.configure("pool", enabled=False)
+    find = Context.find_draft
+
+    async def initial(context: Context, version: str) -> Draft | None:
+        draft = await find(context, version)
+        first = draft is not None and version == scene.night.version
+        return replace(draft, origin=DraftOrigin.INIT) if draft is not None and first else draft
+
+    claim = await scene.train()
+    await scene.drift()
+    if reason == "version 0":
+        await scene.score(await scene.claimed(), day=1.2, night=1.3)
+        monkeypatch.setattr(Context, "find_draft", initial)
+    assert (await scene.trained(claim)).startswith("deployed")
+
+
+async def test_a_worse_draft_for_traffic_that_has_gone_leaves_its_samples_to_its_domain(scene: Scene) -> None:
+    claim = await scene.train()
+    await scene.drift()
+    await scene.score(await scene.claimed(), day=1.2, night=1.3)
+    assert (await scene.trained(claim, gain=-0.2)).startswith("worse")
+    assert await scene.reserves() == {2}
+    assert (await scene.collection()).drifting
+
+
+@pytest.mark.parametrize("failpoint", ["dispatcher.stored", "dispatcher.pooled", "dispatcher.retired"])
+async def test_who_takes_over_while_a_draft_is_kept_keeps_it_once(
+    scene: Scene, failpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = await scene.train()
+    await scene.drift()
+    await scene.score(await scene.claimed(), day=1.2, night=1.3)
+    hit = cut_at(monkeypatch, failpoint)
+    assert (await scene.trained(claim)).startswith("pooled")
+    assert hit == [failpoint]
+    assert scene.late is not None
+    assert await scene.pooled() == {1: scene.day.version, 2: scene.late.version}
+    assert len(await scene.control.events("training-ended")) == 1
 
 
 async def rests(scene: Scene) -> bool:

@@ -2,10 +2,12 @@
 
 Collection starts on. At `min_rows` stored rows a training job begins, from the current draft. A better draft is deployed and
 everything starts over; a worse one ends collection until acceptance drifts. What the paper leaves open and we add: the cool-down
-between trainings, a budget of jobs and worker time an hour, the plateau (better, but by next to nothing: as good as worse), the outcome
-"undecided" (too few held-out requests to judge), and failures, which cost a cool-down only.
+between trainings, a budget of jobs and worker time an hour, the plateau (better, but by next to nothing: as good as worse), the outcomes
+"undecided" (too few held-out requests to judge) and "pooled" (better, for traffic that has gone meanwhile: kept for its return), and
+failures, which cost a cool-down only.
 
-    collecting -> training -> collecting (deployed, undecided, failed) | stopped (worse, rolled back, plateau; never from a cold start)
+    collecting -> training -> collecting (deployed, pooled, undecided, failed)
+                  training -> stopped (worse, rolled back, plateau; never from a cold start, nor in a drift)
     stopped -> collecting (drift)
 
 The averages that judge drift are `tided.policies.training.AcceptanceTrend`; the store counts rows since `since_ms`.
@@ -26,6 +28,7 @@ class Phase(StrEnum):
 
 class Outcome(StrEnum):
     DEPLOYED = "deployed"  # better, and it survived its watch
+    POOLED = "pooled"  # better, for traffic that has gone meanwhile: kept until that comes back
     WORSE = "worse"  # the gate refused it
     UNDECIDED = "undecided"  # too few held-out requests to tell: wait for more
     FAILED = "failed"  # the job or the deployment failed: says nothing about the draft
@@ -71,6 +74,8 @@ class Collection:
     trainings: int = 0
     not_before_ms: int = 0  # the cool-down's end
     job: str = ""
+    domain: int = 0  # the kind of traffic that the training under way is for, by its number in the pool; 0: not known
+    moved: bool = False  # acceptance has drifted since that training began
     spent: tuple[tuple[int, int], ...] = ()  # (beginning, worker time) of the last hour's trainings
     gains: tuple[float, ...] = ()  # of the newest drafts that were deployed since the newest drift, as shares
 
@@ -109,8 +114,11 @@ class TrainingRequested:
 
 @dataclass(frozen=True, slots=True)
 class JobSubmitted:
+    """`domain`: that of the traffic which it trains on, 0 without a pool of drafts."""
+
     now_ms: int
     job: str
+    domain: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +224,8 @@ def step(state: Collection, event: CollectionEvent, rules: CollectionRules = DEF
             return _trend_judged(state, max(min(since_ms or now_ms, now_ms), state.since_ms), low)
         case TrainingRequested(now_ms):
             return _requested(state, now_ms)
-        case JobSubmitted(_, job):
-            return (replace(state, job=job), ()) if state.phase is Phase.TRAINING else (state, ())
+        case JobSubmitted(_, job, domain):
+            return (replace(state, job=job, domain=domain), ()) if state.phase is Phase.TRAINING else (state, ())
         case TrainingEnded():
             return _ended(state, event, rules) if state.phase is Phase.TRAINING else (state, ())
         case DriftAnswered(_, drifts):
@@ -228,6 +236,10 @@ def validate_state(state: Collection) -> None:
     """Raise `InvariantBroken` for a state that no sequence of events can reach."""
     wrong = (
         (bool(state.job) and state.phase is not Phase.TRAINING, "a job outside training"),
+        (
+            bool(state.domain or state.moved) and state.phase is not Phase.TRAINING,
+            "a training's traffic outside training",
+        ),
         (min(state.rows, state.deployed, state.drifts, state.trainings) < 0, "a negative count"),
         (state.deployed > state.trainings, "more deployed than trained"),
         (not 0 <= state.drifts_answered <= state.drifts_seen <= state.drifts, "drifts do not add up"),
@@ -275,9 +287,8 @@ def _trend_judged(state: Collection, since_ms: int, low: tuple[str, ...]) -> Ste
     if not fell or state.drifts > (state.drifts_seen if in_training else state.drifts_answered):
         return judged, ()
     phase = Phase.TRAINING if in_training else Phase.COLLECTING
-    return replace(judged, phase=phase, drifts=state.drifts + 1, since_ms=since_ms, rows=0, gains=()), (
-        AnnounceDrift(fell),
-    )
+    drifted = replace(judged, phase=phase, moved=in_training, drifts=state.drifts + 1, since_ms=since_ms)
+    return replace(drifted, rows=0, gains=()), (AnnounceDrift(fell),)
 
 
 def _drift_answered(state: Collection, drifts: int) -> Collection:
@@ -293,6 +304,8 @@ def _ended(state: Collection, event: TrainingEnded, rules: CollectionRules) -> S
         state,
         phase=Phase.COLLECTING,
         job="",
+        domain=0,
+        moved=False,
         not_before_ms=event.now_ms + rules.cool_down_ms,
         spent=(*state.spent[:-1], (began_ms, event.worker_ms)),
     )
@@ -304,6 +317,9 @@ def _ended(state: Collection, event: TrainingEnded, rules: CollectionRules) -> S
         deployed = replace(answered, low=(), deployed=state.deployed + 1, gains=gains)
         stop = plateaued(deployed, rules) and not deployed.drifting
         return replace(deployed, phase=Phase.STOPPED if stop else Phase.COLLECTING), (RestartTrend(),)
+    if event.outcome is Outcome.POOLED:
+        # What serves is as it was. The next training is the first for the traffic that is served now: it waits for no more than its rows.
+        return replace(answered, not_before_ms=state.not_before_ms) if answered.drifting else answered, ()
     # A cold draft accepts next to nothing, so no drift could ever start collection again: go on trying.
     stop = answered.deployed > 0 and not answered.drifting
     return replace(answered, phase=Phase.STOPPED if stop else Phase.COLLECTING), ()

@@ -2,7 +2,8 @@
 
 Nobody says which domain a request is of. A drift opens the question; scores of the pooled drafts on the newest samples answer it. A draft
 that scores there as it did at home has met its domain again. One that is best and yet falls short of that is a start for something new:
-then the question stays open, and the next draft that is deployed opens a domain. What is trained inside a domain replaces its draft.
+then the question stays open, and the next draft that is deployed opens a domain. What is trained inside a domain replaces its draft, and
+what was trained for one that traffic has left meanwhile is kept for its return.
 The pool is bounded: the draft whose domain was left longest ago goes first, never the one of the present domain. Two drafts that score
 alike on samples of two domains are one too many.
 """
@@ -47,8 +48,8 @@ DEFAULT_RULES = DomainRules()
 
 @dataclass(frozen=True, slots=True)
 class Domains:
-    """`current` is the present domain's number, 0 while the question is open. `opened` counts numbers given. `served`: the version that
-    was last accounted for. `scorings`: the newest of each domain."""
+    """`current` is the present domain's number, 0 while the question is open. `opened` counts numbers given, also to traffic that was left
+    before a draft was deployed for it. `served`: the version that was last accounted for. `scorings`: the newest of each domain."""
 
     current: int = 0
     opened: int = 0
@@ -76,9 +77,9 @@ class Domains:
         return tuple(entry.version for entry in known if entry.version != serving)
 
     def drifted(self, now_ms: int) -> "Domains":
-        """Traffic has moved: the present domain is left, and which one it is now is open."""
+        """Traffic has moved: the present domain is left, and which one it is now is open. No two kinds of traffic have one number."""
         left = self._used(self.current, now_ms)
-        return replace(left, current=0)
+        return replace(left, current=0, opened=self.opened if self.current else self.here)._tidied()
 
     def deployed(self, version: str, length: float, now_ms: int, rules: DomainRules = DEFAULT_RULES) -> "Domains":
         """Another draft serves for good. One that the pool holds brings its domain; any other is the present domain's, or opens one."""
@@ -96,6 +97,18 @@ class Domains:
         number = self.opened + 1
         entries = (*self.entries, Domain(number, version, length, now_ms))
         return replace(self, current=number, opened=number, served=version, entries=entries)._bounded(rules)
+
+    def kept(
+        self, version: str, number: int, length: float, now_ms: int, rules: DomainRules = DEFAULT_RULES
+    ) -> "Domains":
+        """A draft was trained for a domain that is not the present one: it replaces that one's draft, or opens the domain. What serves
+        stays as it is."""
+        if self.of(version) is not None:
+            return self
+        entries = tuple(entry for entry in self.entries if entry.number != number)
+        known = next((entry for entry in self.entries if entry.number == number), Domain(number, "", 0.0, now_ms))
+        entry = replace(known, version=version, length=length)
+        return replace(self, opened=max(self.opened, number), entries=(*entries, entry))._bounded(rules)
 
     def scored(
         self, lengths: Mapping[str, float], best: str, now_ms: int, rules: DomainRules = DEFAULT_RULES

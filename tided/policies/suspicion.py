@@ -1,13 +1,13 @@
 """Has the traffic moved, or is the engine at fault? One engine's newest fall of acceptance, and what has been found out about it.
 
 A fall alone says neither. So it opens a question, and while that is open nothing is trained: the draft that serves is scored on what was
-captured since the fall began, and the answer is DRIFT when it scores as low as it serves, FAULT when it scores surely more. A fall is the
-trend's (`tided.policies.training`) or newest requests that are surely below what the draft is expected to give: what its gate's evaluation
-said of greedy requests, or what its own newest score said. Before it is sure, newest requests that sag are reason enough to tap, and to
-wait with a training (`wary`): then samples are there when the question is asked. Where the speculation policy has stopped drafting
-meanwhile, too little is served to compare; then it is DRIFT if the score has fallen by most of what the newest requests have, and if it has
-not, some requests must be drafted for (`held`). A question that nobody could answer in time is answered LATE, and taken for drift: a
-missing worker must not keep a target from training for ever.
+captured since the fall began, and the answer is DRIFT when it scores as low as it serves, FAULT when it scores surely more, and NONE when
+it has passed and the draft scores what it did before. A fall is the trend's (`tided.policies.training`) or newest requests that are surely
+below what the draft is expected to give: what its gate's evaluation said of greedy requests, or what its own newest score said. Before it
+is sure, newest requests that sag are reason enough to tap, and to wait with a training (`wary`): then samples are there when the question
+is asked. Where the speculation policy has stopped drafting meanwhile, too little is served to compare; then it is DRIFT if the score has
+fallen by most of what the newest requests have, and if it has not, some requests must be drafted for (`held`). A question that nobody could
+answer in time is answered LATE, and taken for drift: a missing worker must not keep a target from training for ever.
 
 Without a fall the draft is scored now and then all the same, one temperature after the other.
 """
@@ -120,6 +120,7 @@ class Suspicion:
     nobody scores, the oldest), `onset_ms`: when it began, by the requests; `fell`: its temperatures; `heard`: a score came since.
     `suspected`: by temperature, as last judged. `held`: no score can explain the fall unless a token is drafted in every step for a while.
     `answered_by`: the score that said it is drift; it scored the pooled drafts, too. `sagged_ms`: when newest requests last sagged.
+    `known`: what was expected, without what was scored of requests since the fall in question.
     """
 
     incarnation: str = ""
@@ -141,6 +142,7 @@ class Suspicion:
     answer: Answer = Answer.NONE
     answered_by: str = ""
     sagged_ms: int = 0
+    known: tuple[Expected, ...] = ()
 
     @property
     def questioned(self) -> bool:
@@ -241,7 +243,7 @@ def look(
         silent = after.fell_ms > 0 and not after.heard and now_ms - after.fell_ms < (1 + RESPITE) * rules.wait_ms
         fell_ms = after.fell_ms if silent else now_ms
         after = replace(after, fell=low, fell_ms=fell_ms, onset_ms=onset_ms, trending=False, answer=Answer.OPEN)
-        after = replace(after, heard=False, held=False, answered_by="")
+        after = replace(after, heard=False, held=False, answered_by="", known=after.expected)
     elif not low and after.drifted:
         after = replace(after, answer=Answer.NONE)
     if after.answer is Answer.OPEN:
@@ -317,13 +319,16 @@ def judge(
         else state.sound,
         expected=tuple((before | new)[temperature] for temperature in sorted(before | new)),
     )
-    if suspected:
-        return replace(after, held=False, answer=Answer.FAULT), tuple(news)
     # A score that was asked for before the fall is about other requests.
     about = state.answer in (Answer.OPEN, Answer.LATE) and state.since_ms >= state.onset_ms
+    after = replace(after, known=state.known if about else after.expected)
+    if suspected:
+        return replace(after, held=False, answer=Answer.FAULT), tuple(news)
     compared = [found[at] for at in state.fell if at in found and found[at].enough]
     if about and (all(item.surely_sound for item in compared) if compared else _explained(state, served, before, new)):
-        moved = state.trending or any(_fell(before.get(at), new.get(at)) for at in state.fell)
+        known = {expected.temperature: expected for expected in state.known}
+        moved = any(_fell(known.get(at), new.get(at)) for at in state.fell)
+        moved = moved or (state.trending and not _passed(state, known, new))
         after = replace(after, held=False, answer=Answer.DRIFT if moved else Answer.NONE)
         after = replace(after, answered_by=state.job if moved else "")
     elif state.answer is Answer.OPEN:
@@ -363,6 +368,19 @@ def _fell(before: Expected | None, new: Expected | None) -> bool:
     old, now = (accepted_at(item.conditional, len(item.conditional)) for item in (before, new))
     margin = MARGIN if before.own else GATE_MARGIN
     return old - now > max(margin * old, SURE * sqrt((old * before.error) ** 2 + (now * new.error) ** 2))
+
+
+def _passed(state: Suspicion, known: dict[float, Expected], new: dict[float, Expected]) -> bool:
+    """Whether a few hard requests were all that there was: nothing is low any more, and the draft scores what it did before the fall."""
+    return not set(state.fell) & set(state.low) and all(_level(known.get(at), new.get(at)) for at in state.fell)
+
+
+def _level(before: Expected | None, new: Expected | None) -> bool:
+    """Whether the score is about what it was, on this engine's samples."""
+    if before is None or new is None or not (before.own or before.alone):
+        return False
+    old, now = (accepted_at(item.conditional, len(item.conditional)) for item in (before, new))
+    return now >= (1.0 - MARGIN / 2.0) * old
 
 
 def _enough(score: SamplingScore) -> bool:

@@ -63,10 +63,10 @@ class Controller:
         self.deployer = Deployer(context, self.monitor)
         self.heads = Heads(context)
         self.canaries = Canaries(context, self.monitor, self.deployer, self.heads)
-        self.dispatcher = Dispatcher(context, self.heads, self.canaries)
+        self.scout = Scout(context, self.heads)
+        self.dispatcher = Dispatcher(context, self.heads, self.canaries, self.scout)
         self.speculator = Speculator(context)
         self.selftest = SelfTest(context, self._draft_of)
-        self.scout = Scout(context, self.heads)
         self.faults = FaultWatch(context, self.scout.rivals)
         self.problems: dict[str, str] = {}
         """By engine: why tided keeps its hands off, or what failed in its newest cycle."""

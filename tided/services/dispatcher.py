@@ -41,20 +41,23 @@ from tided.services.canaries import Canaries
 from tided.services.context import Context
 from tided.services.finishing import Ending, Finishing
 from tided.services.pools import Heads, Member, Pool
+from tided.services.scout import Scout
 from tided.services.stock import Stock, Stockroom
 from tided.services.training_view import TrainingView, ripe_rows, rules_of, view_of
 
 STATE = "collection"
+TAUGHT = (Outcome.DEPLOYED, Outcome.POOLED, Outcome.WORSE, Outcome.ROLLED_BACK)
+"""A cycle that ends so has used its samples up."""
 
 
 class Dispatcher:
     """Runs Algorithm 1 for each target and turns its jobs into drafts."""
 
-    def __init__(self, context: Context, heads: Heads, canaries: Canaries) -> None:
+    def __init__(self, context: Context, heads: Heads, canaries: Canaries, scout: Scout) -> None:
         self._context = context
         self._heads = heads
         self._canaries = canaries
-        self._finishing = Finishing(context, canaries)
+        self._finishing = Finishing(context, canaries, scout)
         self._stockroom = Stockroom(context)
 
     async def reap(self) -> list[Job]:
@@ -89,11 +92,12 @@ class Dispatcher:
         collection, _ = await self._apply(pool, collection, TrendJudged(now_ms, low, _since_ms(pool, low)))
         stock = await self._stockroom.stock(target, collection.since_ms, pool.domain)
         settings = self._context.training_for(target)
-        if settings.enabled and collection.drifts == drifts:  # the scout looks at a drift first
-            rows = ripe_rows(stock, settings, pool, now_ms)
-            collection, _ = await self._apply(pool, collection, RowsStored(now_ms, rows))
-        if collection.phase is Phase.TRAINING:
-            collection = await self._training(pool, collection, stock, now_ms)
+        if collection.drifts == drifts:  # the scout looks at a drift first
+            if settings.enabled:
+                rows = ripe_rows(stock, settings, pool, now_ms)
+                collection, _ = await self._apply(pool, collection, RowsStored(now_ms, rows))
+            if collection.phase is Phase.TRAINING:
+                collection = await self._training(pool, collection, stock, now_ms)
         return view_of(collection, stock, settings, now_ms, pool)
 
     async def request(self, pool: Pool, event: CollectionEvent) -> Job:
@@ -117,7 +121,7 @@ class Dispatcher:
             match action:
                 case StartTraining(recipe):
                     # The id is stored with the phase: whoever goes on from here submits the same job.
-                    after, _ = machine.step(after, JobSubmitted(event.now_ms, new_id("job")))
+                    after, _ = machine.step(after, JobSubmitted(event.now_ms, new_id("job"), pool.domain))
                     await context.announce("training-started", name, f"{recipe} training on {after.rows} rows")
                 case AnnounceDrift(engines):
                     for member in pool.members:
@@ -152,7 +156,7 @@ class Dispatcher:
             case JobState.FAILED | JobState.CANCELLED:
                 ending = Ending(Outcome.FAILED, job.error or f"job {job.id} was {job.state}")
             case JobState.SUCCEEDED:
-                ending = await self._finishing.reconcile(pool, job, now_ms)
+                ending = await self._finishing.reconcile(pool, job, _home(pool, collection), now_ms)
         return collection if ending is None else await self._ended(pool, collection, job, ending, now_ms)
 
     async def _submitted(self, pool: Pool, collection: Collection, stock: Stock) -> Job:
@@ -186,8 +190,10 @@ class Dispatcher:
         self, pool: Pool, collection: Collection, job: Job | None, ending: Ending, now_ms: int
     ) -> Collection:
         """A cycle is over. Its samples go when they taught us something: consumed, a bounded part kept as replay."""
-        if job is not None and ending.outcome in (Outcome.DEPLOYED, Outcome.WORSE, Outcome.ROLLED_BACK):
-            await self._stockroom.retire(pool.digest, job.spec.shards, pool.domain, pool.domains)
+        if job is not None and ending.outcome in TAUGHT:
+            # What was deployed all the same is the present domain's draft.
+            domain = pool.domain if ending.outcome is Outcome.DEPLOYED else _home(pool, collection)
+            await self._stockroom.retire(pool.digest, job.spec.shards, domain, pool.domains)
         failpoints.hit("dispatcher.retired")
         message = f"{ending.outcome}: {ending.why}"
         await self._context.announce("training-ended", pool.target.name, message, job=collection.job)
@@ -206,6 +212,14 @@ def _low(pool: Pool, collection: Collection, incumbent: str) -> tuple[str, ...]:
     }
     unchanged = [engine for engine in collection.low if engine not in judged]
     return tuple(sorted([*unchanged, *(engine for engine, drifting in judged.items() if drifting)]))
+
+
+def _home(pool: Pool, collection: Collection) -> int:
+    """The domain whose traffic the training under way is for: the present one, unless the traffic is another by now. Where the question was
+    open as it began and no drift came since, a later answer to that question is about the same traffic."""
+    known = collection.domain in pool.domains
+    another = pool.domain and collection.domain and (collection.moved or known)
+    return collection.domain if another else pool.domain
 
 
 def _since_ms(pool: Pool, low: tuple[str, ...]) -> int:

@@ -1,4 +1,5 @@
-"""What becomes of a training job that succeeded: its draft goes into the store, before the gate, and onto a canary.
+"""What becomes of a training job that succeeded: its draft goes into the store, before the gate, and onto a canary; or into the pool of
+drafts, where the traffic that it is for has gone meanwhile.
 
 Level-triggered, like the rest of the cycle: the draft has one version whoever adds it, the gate is a pure function of the evaluations, and
 what became of the version on its canary is stored.
@@ -17,6 +18,7 @@ from tided.services import gate
 from tided.services.canaries import Canaries
 from tided.services.context import Context
 from tided.services.pools import Pool
+from tided.services.scout import Scout
 
 _OUTCOMES = {
     CanaryState.PASSED: Outcome.DEPLOYED,
@@ -37,12 +39,13 @@ class Ending:
 class Finishing:
     """Takes one job at a time to its end, a step in each cycle."""
 
-    def __init__(self, context: Context, canaries: Canaries) -> None:
+    def __init__(self, context: Context, canaries: Canaries, scout: Scout) -> None:
         self._context = context
         self._canaries = canaries
+        self._scout = scout
 
-    async def reconcile(self, pool: Pool, job: Job, now_ms: int) -> Ending | None:
-        """One step further; None while it goes on. Raises `Unavailable`, `Superseded`."""
+    async def reconcile(self, pool: Pool, job: Job, domain: int, now_ms: int) -> Ending | None:
+        """One step further; None while it goes on. `domain`: of the traffic that it trained for. Raises `Unavailable`, `Superseded`."""
         result = job.result
         if result is None or result.incumbent is None or result.candidate is None:
             return Ending(Outcome.FAILED, f"job {job.id}: its result has no staged draft with two evaluations")
@@ -60,8 +63,22 @@ class Finishing:
                 await self._announce_gate(pool, draft, decision)
                 outcome = Outcome.WORSE if decision.verdict is gate.Verdict.FAIL else Outcome.UNDECIDED
                 return Ending(outcome, decision.reason, decision.gain_share)
-            if pool.hold:
-                return None  # which draft shall serve is just being found out
+            first = await self._first(job)
+            pooled = await self._scout.home(pool.digest, draft.version)  # a leader before us came so far
+            if not pooled and (pool.hold or (pool.domain and pool.questioned and not first)):
+                return (
+                    None  # which draft shall serve, or whether the traffic is still the same, is just being found out
+                )
+            if pooled or (domain != pool.domain and not first):
+                if not pooled:
+                    await self._announce_gate(pool, draft, decision)
+                    await self._scout.keep(pool, draft, domain, now_ms)
+                    failpoints.hit("dispatcher.pooled")
+                name = f"{draft.lineage}@{draft.number}"
+                why = (
+                    f"{name} is kept as the draft of domain {pooled or domain}: traffic is of domain {pool.domain} now"
+                )
+                return Ending(Outcome.POOLED, why, decision.gain_share)
             if all(member.view.info.version != job.spec.draft for member in pool.members):
                 serves = pool.members[0].view.info.version[:12] or "no draft"
                 why = f"{serves} is served now, the gate compared with {job.spec.draft[:12]}"
@@ -75,6 +92,11 @@ class Finishing:
         # Its watch takes many cycles: what the gate said is computed again at its end only.
         decision = decision or gate.judge(result.incumbent, result.candidate, self._context.config.gate)
         return Ending(outcome, _why(canary), decision.gain_share)
+
+    async def _first(self, job: Job) -> bool:
+        """Whether its draft is the first: then any is better, on any traffic."""
+        parent = await self._context.find_draft(job.spec.draft)
+        return parent is not None and parent.origin is DraftOrigin.INIT
 
     async def _stored(self, pool: Pool, job: Job, result: JobResult, now_ms: int) -> Draft | None:
         """The job's draft in the store; the same record when it is there already, None while it is on its way to this host."""

@@ -68,7 +68,8 @@ class Cause(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Scouting:
     """`drifts`: of the target's, how many were looked at; `answered`: how many, when a pooled draft was gone back to last. `since_ms`:
-    from then on samples count, or deployments are the switch's. `asked_ms`: when drafts were to be scored last. `job`: that score.
+    from then on samples count, or deployments are the switch's. `asked_ms`: when drafts were to be scored last; `grown`: the pool has got
+    another one since. `job`: that score.
     `heard`: the newest score that told a drift from a fault. `serving`: the draft that the others are compared with, which scored `over`;
     `winner`: the one that is switched to; `moved`: the head is on it."""
 
@@ -80,6 +81,7 @@ class Scouting:
     since_ms: int = 0
     deadline_ms: int = 0
     asked_ms: int = 0
+    grown: bool = False
     job: str = ""
     heard: str = ""
     serving: str = ""
@@ -185,8 +187,11 @@ class Scout:
             return self._asking(scouting, Cause.SHADOW, now_ms, now_ms)
         rises = any(member.view.rises for member in pool.members)
         moved = Cause.UNANSWERED if collection.drifting else Cause.RISE if rises else None
-        if moved and others and since_asked_ms >= self._context.config.pool.retry_s * 1000:
-            return self._asking(scouting, moved, now_ms, now_ms)
+        due = scouting.grown or since_asked_ms >= self._context.config.pool.retry_s * 1000
+        if moved and due and await self._fitting(others, pool.infos):
+            # A draft that was not among those scored is held against what is there of this traffic.
+            stored = scouting.grown and moved is Cause.UNANSWERED
+            return self._asking(scouting, moved, collection.since_ms if stored else now_ms, now_ms)
         return scouting
 
     def _asking(self, scouting: Scouting, cause: Cause, since_ms: int, now_ms: int) -> Scouting:
@@ -198,6 +203,7 @@ class Scout:
             since_ms=since_ms,
             deadline_ms=deadline_ms,
             asked_ms=now_ms,
+            grown=False,
         )
 
     async def _answer(self, pool: Pool, serving: str) -> str:
@@ -308,8 +314,12 @@ class Scout:
         for member in pool.members:
             if member.resting and member.view.version == serving:
                 member.view.hear(result.candidate)
-        choice = choose(result.candidate, result.scores, self._gate())
-        lengths = {score.version: score.length for score in (result.candidate, *result.scores) if score.tokens}
+        pooled = scouting.domains.others(
+            serving
+        )  # what has left the pool since the job was submitted is not gone back to
+        scores = [score for score in result.scores if score.version in pooled]
+        choice = choose(result.candidate, scores, self._gate())
+        lengths = {score.version: score.length for score in (result.candidate, *scores) if score.tokens}
         if serving not in lengths:
             return scouting.ended()  # nothing was scored
         best = choice.winner.version if choice.winner is not None else serving
@@ -388,6 +398,23 @@ class Scout:
                 )
 
     # --- drafts ---
+
+    async def home(self, target: str, version: str) -> int:
+        """The number of the domain whose draft this is, of a target by its digest; 0 if it is of none."""
+        found = (await self.current(target)).domains.of(version)
+        return found.number if found is not None else 0
+
+    async def keep(self, pool: Pool, draft: Draft, domain: int, now_ms: int) -> None:
+        """A trained draft is that of a domain that is not the present one. What is being asked is asked again, with this draft, and an
+        unanswered drift at once. Safe to repeat."""
+        before = await self.current(pool.digest)
+        length = draft.evaluation.length if draft.evaluation is not None else 0.0
+        domains = before.domains.kept(draft.version, domain, length, now_ms, self._rules())
+        after = replace(before, domains=domains, grown=True)
+        if after.asking:
+            await self._abandon(after)
+            after = after.ended()
+        await self._put(pool, before, after)
 
     async def rivals(self, target: str, serving: str, engines: Sequence[EngineInfo]) -> tuple[Candidate, ...]:
         """The pooled drafts of a target, by digest, that all these engines could serve instead of `serving`."""
