@@ -2,7 +2,8 @@
 
 `all`, `loop`, `engines`, `training` and `scale-all` are groups.
 
-Those of group `engines` need the environments of `make engines`, `peers` that of `engines/build.py speculators`.
+Those of group `engines` need the environments of `make engines`, `peers` that of `engines/build.py speculators`. `device`
+needs an accelerator.
 """
 
 import argparse
@@ -24,6 +25,7 @@ ENGINES = (
 )
 TRAINING = ("recompute", "storage", "peers")
 SCALE = ("scale", "dataplane")
+DEVICE = ("device",)
 ALL = (*LOOP, *SCALE, "storage", "policy", "forgetting", "hetero", "shift")
 GROUPS = {"all": ALL, "loop": LOOP, "engines": ENGINES, "training": TRAINING, "scale-all": SCALE}
 
@@ -34,7 +36,7 @@ def main() -> None:
     parser.add_argument(
         "names",
         nargs="+",
-        choices=(*GROUPS, *ALL, *ENGINES, *TRAINING),
+        choices=(*GROUPS, *ALL, *ENGINES, *TRAINING, *DEVICE),
         metavar="NAME",
         help=", ".join((*GROUPS, *ALL)),
     )

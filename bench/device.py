@@ -71,7 +71,7 @@ PEAK = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12}
 UTILISATION = 0.40
 PROMPTS = ANSWERS = (64, 960)  # tokens: uniform between
 STEP_BATCHES = (1, 8, 32)
-CONTEXT, STEPS, STEP_TURNS = 192, 200, 20
+CONTEXT, STEPS, STEP_TURNS = 192, 50, 12
 TAP_PAIRS = {8: 10, 32: 10}
 
 
@@ -116,7 +116,7 @@ def trainer(device: torch.device, name: str, profiled: bool) -> list[Claim]:
     for tokens in PACKS:
         options = options_for(
             Recipe.COLD,
-            {"batch_tokens": tokens, "pack_rows": 8 * tokens, "passes": 1000, "device": str(device), "patience": 1000},
+            {"batch_tokens": tokens, "passes": 1000, "device": str(device), "patience": 1000},
         )
         with _attention(flash.available):
             claims += _rates(runs, frozen, options, peak)

@@ -31,7 +31,7 @@ def test_write_keeps_other_claims_only_when_told_to(tmp_path: Path) -> None:
 
 def test_markdown_has_a_table_for_each_report(tmp_path: Path) -> None:
     report.write("engine", [at_least("r", "ours over theirs", 1.05, 1.0, "x")], directory=tmp_path)
-    text = report.markdown(directory=tmp_path)
+    text = report.markdown(directories=[tmp_path])
     assert "## engine" in text
     assert "| ours over theirs | 1.05 x | >= 1 | yes |" in text
 
@@ -39,12 +39,12 @@ def test_markdown_has_a_table_for_each_report(tmp_path: Path) -> None:
 def test_markdown_keeps_what_was_not_run_again(tmp_path: Path) -> None:
     report.write("b", [at_least("r", "old", 1, 1)], directory=tmp_path)
     report.write("c", [at_least("r", "kept", 1, 1)], directory=tmp_path)
-    before = report.markdown(directory=tmp_path)
-    assert report.markdown(before, directory=tmp_path) == before
+    before = report.markdown(directories=[tmp_path])
+    assert report.markdown(before, directories=[tmp_path]) == before
     (tmp_path / "c.json").unlink()
     report.write("a", [at_least("r", "new", 1, 1)], directory=tmp_path)
     report.write("b", [at_least("r", "newer", 1, 1)], directory=tmp_path)
-    text = report.markdown(before, directory=tmp_path)
+    text = report.markdown(before, directories=[tmp_path])
     assert [line for line in text.splitlines() if line.startswith("##")] == ["## a", "## b", "## c"]
     assert "| newer |" in text
     assert "| old |" not in text

@@ -422,7 +422,7 @@ async def test_jobs_carry_what_their_target_s_configuration_says(
     valkey: Valkey, tmp_path: Path, target: Path, first: Path
 ) -> None:
     needs = {"device": "cuda", "devices": 2, "memory_bytes": 8 << 30}
-    one = TargetConfig(path=target, priority=7, training=needs)
+    one = TargetConfig(path=target, priority=7, training={**needs, "batch_tokens": 4096})
     config = settings(tmp_path, target).model_copy(update={"target": (one,)})
     async with (
         leading(valkey, config) as control,
@@ -439,6 +439,7 @@ async def test_jobs_carry_what_their_target_s_configuration_says(
 
         spec = (await eventually(queued)).spec
         assert (spec.priority, spec.needs) == (7, Needs("cuda", 2, 8 << 30))
+        assert spec.options["batch_tokens"] == 4096
         assert await control.context.jobs.claim("w", [JobKind.TRAIN]) is None
         assert await control.context.jobs.claim("w", [JobKind.TRAIN], Capacity("cuda", 2, 8 << 30)) is not None
 

@@ -205,8 +205,8 @@ class TrainingConfig(_Section):
     `fault_check_s`: how often, at most, the served draft is scored to see whether the engine accepts what it could, when nothing has
     fallen; 0 is never. `fault_wait_s`: how long training waits for the score that explains a fall. `jobs_per_hour` and
     `worker_s_per_hour` bound the trainings that begin of themselves, 0 is no bound; `plateau_gain`: after two drafts in a row that
-    gained less than this share, none begins until acceptance drifts; 0 is never. `device`, `devices` and `memory_bytes` (of each): what a
-    worker must have to be given a training; "" is any kind.
+    gained less than this share, none begins until acceptance drifts; 0 is never. `batch_tokens`: of a step, 0 is the recipe's. `device`,
+    `devices` and `memory_bytes` (of each): what a worker must have to be given a training; "" is any kind.
     """
 
     enabled: bool = True
@@ -224,6 +224,7 @@ class TrainingConfig(_Section):
     jobs_per_hour: Annotated[int, Field(ge=0)] = 0
     worker_s_per_hour: Annotated[float, Field(ge=0)] = 0.0
     plateau_gain: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    batch_tokens: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     device: Annotated[str, Field(pattern="^[a-z]*$", max_length=16)] = ""
     devices: Annotated[int, Field(ge=1, le=1024)] = 1
     memory_bytes: Annotated[int, Field(ge=0)] = 0

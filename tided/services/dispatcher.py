@@ -163,6 +163,7 @@ class Dispatcher:
         context, target = self._context, pool.target
         incumbent = await anyio.to_thread.run_sync(context.drafts.get, await self._heads.incumbent(pool))
         settings = context.training_for(pool.digest)
+        batch = {"batch_tokens": settings.batch_tokens} if settings.batch_tokens else {}
         spec = JobSpec(
             kind=JobKind.TRAIN,
             engine=pool.names,
@@ -177,7 +178,7 @@ class Dispatcher:
             recipe=machine.recipe(collection),
             gamma=pool.drafted(context.config.speculation.gamma_max),
             budget_s=settings.budget_s,
-            options={"adapt_vocabulary": pool.can(Capability.SWAP_VOCABULARY)},
+            options={"adapt_vocabulary": pool.can(Capability.SWAP_VOCABULARY)} | batch,
             priority=context.priority_of(pool.digest),
             needs=Needs(settings.device, settings.devices, settings.memory_bytes),
         )

@@ -66,9 +66,7 @@ class Finishing:
             first = await self._first(job)
             pooled = await self._scout.home(pool.digest, draft.version)  # a leader before us came so far
             if not pooled and (pool.hold or (pool.domain and pool.questioned and not first)):
-                return (
-                    None  # which draft shall serve, or whether the traffic is still the same, is just being found out
-                )
+                return None  # which draft shall serve, or whether the traffic is still the same: just being found out
             if pooled or (domain != pool.domain and not first):
                 if not pooled:
                     await self._announce_gate(pool, draft, decision)

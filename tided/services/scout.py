@@ -69,9 +69,8 @@ class Cause(StrEnum):
 class Scouting:
     """`drifts`: of the target's, how many were looked at; `answered`: how many, when a pooled draft was gone back to last. `since_ms`:
     from then on samples count, or deployments are the switch's. `asked_ms`: when drafts were to be scored last; `grown`: the pool has got
-    another one since. `job`: that score.
-    `heard`: the newest score that told a drift from a fault. `serving`: the draft that the others are compared with, which scored `over`;
-    `winner`: the one that is switched to; `moved`: the head is on it."""
+    another one since. `job`: that score. `heard`: the newest score that told a drift from a fault. `serving`: the draft that the others are
+    compared with, which scored `over`; `winner`: the one that is switched to; `moved`: the head is on it."""
 
     domains: Domains = field(default_factory=Domains)
     stage: Stage = Stage.IDLE
@@ -314,9 +313,8 @@ class Scout:
         for member in pool.members:
             if member.resting and member.view.version == serving:
                 member.view.hear(result.candidate)
-        pooled = scouting.domains.others(
-            serving
-        )  # what has left the pool since the job was submitted is not gone back to
+        # What has left the pool since the job was submitted is not gone back to.
+        pooled = scouting.domains.others(serving)
         scores = [score for score in result.scores if score.version in pooled]
         choice = choose(result.candidate, scores, self._gate())
         lengths = {score.version: score.length for score in (result.candidate, *scores) if score.tokens}

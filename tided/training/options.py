@@ -1,6 +1,6 @@
 """The trainer's options, checked strictly, with the defaults that each recipe gives (docs/adr/0010-training-recipe.md)."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -57,7 +57,7 @@ class TrainOptions:
     final_fraction: float = 0.05  # of the learning rate, at the end of the cosine
     passes: int = 8  # over the fresh samples, at most; the budget may end it earlier
     batch_tokens: int = 128  # tokens a pack: with `pack_rows` it bounds the memory of a step
-    pack_rows: int = 8192  # rows a pack, prompts included; of a longer run the earliest rows are left out
+    pack_rows: int = 8192  # rows a pack, prompts included, if not eight times `batch_tokens`; of a longer run the earliest are left out
     packs: int = 1  # a step: one after the other (gradients are accumulated), or shared by that many processes
     unroll_steps: int = 4
     step_decay: float = 0.8
@@ -80,6 +80,9 @@ class TrainOptions:
     seed: int = 0
 
 
+ROWS_A_TOKEN = 8
+"""Prompts are longer than answers: room for so many rows a trained token."""
+
 RECIPES: dict[Recipe, TrainOptions] = {
     Recipe.COLD: TrainOptions(learning_rate=2e-3),
     Recipe.DRIFT: TrainOptions(),
@@ -90,6 +93,8 @@ RECIPES: dict[Recipe, TrainOptions] = {
 def options_for(recipe: Recipe, given: dict[str, Any]) -> TrainOptions:
     """The recipe's options with `given` in place of its values. Raises `Refused` for an unknown name or a value out of range."""
     options = from_plain(TrainOptions, {**to_plain(RECIPES[recipe]), **given}, "options")
+    if "pack_rows" not in given:
+        options = replace(options, pack_rows=max(options.pack_rows, ROWS_A_TOKEN * options.batch_tokens))
     for field in fields(options):
         value = getattr(options, field.name)
         if isinstance(value, int | float) and value < 0:
