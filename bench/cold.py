@@ -9,7 +9,7 @@ from typing import Any
 
 from tided.draft.checkpoint import Checkpoint
 from tided.draft.eagle3 import Eagle3
-from tided.model.records import Recipe
+from tided.model.jobs import Recipe
 from tided.training.data import Run, split_prompts
 from tided.training.evaluate import evaluate
 from tided.training.loop import Loop

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tided.api.client import Client
-from tided.model.records import Event
+from tided.model.events import Event
 from tided.model.status import EngineStatus, Status
 
 POLL_S = 0.5

@@ -19,20 +19,10 @@ from redis.asyncio import Redis
 
 from tided.engine.agent import HEARTBEAT_S, HEARTBEAT_TTL_S, OBSERVATIONS_KEPT, REPLIES_KEPT, STREAM_TTL_S
 from tided.machine.job import Verdict
+from tided.model.engines import EngineInfo, Observation, RequestStats, StepCounts, TapTotals
 from tided.model.errors import Conflict
 from tided.model.ids import new_id
-from tided.model.records import (
-    EngineInfo,
-    JobKind,
-    JobResult,
-    JobSpec,
-    Observation,
-    Progress,
-    RequestStats,
-    StepCounts,
-    TapTotals,
-    WorkerInfo,
-)
+from tided.model.jobs import JobKind, JobResult, JobSpec, Progress, WorkerInfo
 from tided.store.client import connect, redis_time_ms
 from tided.store.jobs import Claim, JobStore
 from tided.store.workers import WorkerStore

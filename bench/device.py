@@ -37,7 +37,7 @@ from tided.engine.embedded import target as embedded
 from tided.engine.embedded.target import Target
 from tided.engine.publisher import Publisher
 from tided.engine.tap import Tap, TapSettings
-from tided.model.records import Recipe
+from tided.model.jobs import Recipe
 from tided.store.valkey import find_binary
 from tided.training import flash
 from tided.training.batches import Order

@@ -16,7 +16,8 @@ from tided.draft import checkpoint
 from tided.draft.init import init_draft
 from tided.draft.target import describe
 from tided.model.codec import from_plain, to_plain
-from tided.model.records import Candidate, DraftOrigin, Evaluation, JobKind, JobResult, JobSpec
+from tided.model.drafts import DraftOrigin, Evaluation
+from tided.model.jobs import Candidate, JobKind, JobResult, JobSpec
 from tided.store.drafts import DraftStore
 
 WORK = Path("build/bench/trainer")

@@ -20,7 +20,7 @@ from bench.drafts import BUDGET_S, HELD_OUT_REQUESTS, TRAIN_REQUESTS, WORK, Samp
 from bench.report import BOOTSTRAP_DRAWS, Claim, Interval, at_least
 from bench.samples import shards
 from tided.config import TrainingConfig
-from tided.model.records import Evaluation
+from tided.model.drafts import Evaluation
 
 SEEDS = 3
 BEFORE, WITHOUT, WITH = "before", "without", "with"

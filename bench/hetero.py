@@ -49,8 +49,9 @@ from bench.turns import Measured
 from bench.usage import moment, share_within, shares, usage
 from tided.local import LocalStack, Service, services
 from tided.model.codec import to_plain
-from tided.model.records import JobKind, VerificationState
+from tided.model.jobs import JobKind
 from tided.model.status import Status
+from tided.model.verification import VerificationState
 from tided.worker.settings import NICE
 
 ENGINES = ("first", "second")

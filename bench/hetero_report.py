@@ -27,7 +27,8 @@ from bench.report import BOOTSTRAP_DRAWS, Claim, Interval, at_most, show, write
 from bench.turns import Measured
 from bench.usage import CLIENT
 from tided.model.codec import from_plain, to_plain
-from tided.model.records import JobKind, LatencyProfile, Recipe
+from tided.model.engines import LatencyProfile
+from tided.model.jobs import JobKind, Recipe
 from tided.policies import planner
 from tided.policies.planner import Device, Speedup, WarmUp
 from tided.policies.speedup import alpha_from_length, expected_length, speedup_of_length

@@ -41,7 +41,8 @@ from tided.draft.checkpoint import Checkpoint
 from tided.draft.eagle3 import Eagle3
 from tided.draft.formats import export_speculators
 from tided.model.codec import from_plain, to_plain
-from tided.model.records import Evaluation, Recipe
+from tided.model.drafts import Evaluation
+from tided.model.jobs import Recipe
 from tided.training.data import Run, read_runs
 from tided.training.evaluate import evaluate
 from tided.training.losses import Frozen

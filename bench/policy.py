@@ -17,7 +17,7 @@ from rich.table import Table
 
 from bench.report import ROOT, Claim, at_least, at_most, show, write
 from tided.config import SpeculationConfig
-from tided.model.records import StepCounts
+from tided.model.engines import StepCounts
 from tided.policies.base import SpeculationObservation, SpeculationPolicy
 from tided.policies.registry import policy_for
 from tided.policies.speedup import Acceptance, smoothed

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tided.config import Config, load
+from tided.model.engines import EngineInfo, Observation
 from tided.model.errors import NotFound, Refused, TideError
-from tided.model.records import EngineInfo, Observation
 from tided.replay.record import recorded
 from tided.replay.trace import SUFFIX, Trace, save
 from tided.store.client import connect

@@ -37,8 +37,9 @@ from bench.study import Parts, run
 from tided.config import Config
 from tided.draft.target import describe
 from tided.local import LocalStack, Service
+from tided.model.engines import Capability, EngineInfo, LatencyProfile
 from tided.model.ids import new_id
-from tided.model.records import Capability, EngineInfo, JobKind, JobSpec, LatencyProfile
+from tided.model.jobs import JobKind, JobSpec
 from tided.store.jobs import JobStore
 from tided.store.valkey import EmbeddedValkey
 

@@ -11,7 +11,7 @@ from bench.report import Claim, at_least, at_most, paired_ratio, show, write
 from bench.shift_plan import Places, Plan
 from bench.turns import Measured, Pair, TurnLog
 from tided.model.codec import from_plain
-from tided.model.records import LatencyProfile
+from tided.model.engines import LatencyProfile
 from tided.policies.speedup import speedup_of_length
 
 DEPLOYED = "draft-swapped"

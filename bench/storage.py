@@ -30,7 +30,7 @@ from tided.client import DraftIdentity, Producer, Stack, Swapped
 from tided.config import Config
 from tided.draft.target import describe
 from tided.local import LocalStack, services
-from tided.model.records import TargetInfo
+from tided.model.engines import TargetInfo
 from tided.wire.keys import PREFIX
 
 CYCLES = 66

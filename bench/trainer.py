@@ -18,7 +18,7 @@ from bench.drafts import BUDGET_S, WORK, Samples, code_samples, first_draft, run
 from bench.report import Claim, at_least, at_most
 from tided.draft import checkpoint
 from tided.draft.eagle3 import Eagle3
-from tided.model.records import Recipe
+from tided.model.jobs import Recipe
 from tided.training.data import Run, equal_pieces, pack, read_runs
 from tided.training.evaluate import evaluate
 from tided.training.loop import Objective

@@ -17,7 +17,10 @@ from chaos.stack import Stack
 from chaos.watch import Watch
 from tests.conftest import unbounded_keys
 from tided.draft import checkpoint
-from tided.model.records import Draft, EngineInfo, Event, Job, JobKind, JobState
+from tided.model.drafts import Draft
+from tided.model.engines import EngineInfo
+from tided.model.events import Event
+from tided.model.jobs import Job, JobKind, JobState
 from tided.store.client import connect
 from tided.store.drafts import DraftStore
 from tided.store.engines import EngineStore

@@ -18,8 +18,9 @@ from chaos.load import Load
 from chaos.plan import DAEMONS, ENGINES, Fault, plan
 from chaos.stack import CYCLE_S, LEASE_S, Stack, stack, valkey_url
 from chaos.watch import Watch
+from tided.model.deployments import DeploymentState
 from tided.model.errors import TideError
-from tided.model.records import DeploymentState, JobState
+from tided.model.jobs import JobState
 from tided.model.status import Status
 from tided.store.client import COMMAND_TIMEOUT_S
 

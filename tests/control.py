@@ -13,7 +13,8 @@ from tests.support import eventually
 from tided.config import Config, parse
 from tided.draft import checkpoint
 from tided.draft.target import describe
-from tided.model.records import Draft, DraftOrigin, Event
+from tided.model.drafts import Draft, DraftOrigin
+from tided.model.events import Event
 from tided.services.context import Context
 from tided.services.controller import Controller
 from tided.services.leadership import Leadership

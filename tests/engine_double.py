@@ -13,16 +13,8 @@ import redis.asyncio
 from tests.conftest import Valkey
 from tided.draft import checkpoint
 from tided.draft.target import describe
+from tided.model.engines import Capability, EngineInfo, LatencyProfile, Observation, RequestStats, StepCounts, TapTotals
 from tided.model.ids import new_id
-from tided.model.records import (
-    Capability,
-    EngineInfo,
-    LatencyProfile,
-    Observation,
-    RequestStats,
-    StepCounts,
-    TapTotals,
-)
 from tided.wire import keys
 from tided.wire.control import Command, Reply, SetCapture, SetSchedule, Swap, decode_command, encode
 

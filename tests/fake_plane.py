@@ -4,30 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tided.model.deployments import Deployment, DeploymentState
+from tided.model.drafts import Draft, DraftOrigin, Evaluation
+from tided.model.engines import Capability, EngineInfo, TargetInfo
 from tided.model.errors import Conflict, InvariantBroken, NotFound, Refused, Unavailable
-from tided.model.records import (
-    Capability,
-    Check,
-    CheckOutcome,
-    Deployment,
-    DeploymentState,
-    Draft,
-    DraftOrigin,
-    EngineInfo,
-    Evaluation,
-    Event,
-    Finding,
-    Job,
-    JobKind,
-    JobSpec,
-    JobState,
-    PolicySetting,
-    Progress,
-    SpeculationMode,
-    TargetInfo,
-    WorkerInfo,
-    WorkerMark,
-)
+from tided.model.events import Event
+from tided.model.jobs import Job, JobKind, JobSpec, JobState, Progress, WorkerInfo, WorkerMark
+from tided.model.policy import PolicySetting, SpeculationMode
 from tided.model.status import (
     Choice,
     DomainStatus,
@@ -40,6 +23,7 @@ from tided.model.status import (
     Status,
     TrainingStatus,
 )
+from tided.model.verification import Check, CheckOutcome, Finding
 
 DIGESTS = ("a1" * 32, "b2" * 32)
 TARGET = TargetInfo("c3" * 32, "SmolLM2-135M-Instruct", 30, 576, 49152, (2, 15, 27))

@@ -16,8 +16,10 @@ from transformers import LlamaForCausalLM
 from tests.shards import Sample, greedy_samples, prompts, write_shard
 from tests.tiny import VOCAB, make_draft, make_target
 from tided.api.client import Client
-from tided.model.records import Check, CheckOutcome, Event, JobKind, JobSpec, VerificationState
+from tided.model.events import Event
+from tided.model.jobs import JobKind, JobSpec
 from tided.model.status import EngineStatus
+from tided.model.verification import Check, CheckOutcome, VerificationState
 from tided.services import acceptance
 from tided.training.trainer import train
 

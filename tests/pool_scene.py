@@ -10,7 +10,8 @@ from tests.engine_double import EngineDouble, describe_double, running_double
 from tests.support import eventually
 from tests.test_services_controller import evaluation
 from tided.draft import checkpoint
-from tided.model.records import Deployment, DeploymentState, JobKind, JobResult
+from tided.model.deployments import Deployment, DeploymentState
+from tided.model.jobs import JobKind, JobResult
 from tided.model.status import EngineStatus
 from tided.store.jobs import Claim
 

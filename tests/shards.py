@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import VOCAB, make_draft, make_target
 from tided.draft.tensors import to_bf16, write_file
 from tided.model.ids import prompt_group
-from tided.model.records import JobKind, JobSpec
+from tided.model.jobs import JobKind, JobSpec
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from tests.loop import train_draft
 from tests.shards import Sample, write_shard
 from tided.draft import checkpoint
 from tided.draft.eagle3 import Eagle3
-from tided.model.records import Chain, CheckOutcome, DraftFault, JobKind, JobSpec, RequestStats
+from tided.model.engines import RequestStats
+from tided.model.jobs import Chain, DraftFault, JobKind, JobSpec
+from tided.model.verification import CheckOutcome
 from tided.services.acceptance import CAUSES, Drafted, judge, reachable
 from tided.training.chains import bounds
 from tided.training.data import read_runs, whole_packs

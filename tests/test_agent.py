@@ -15,8 +15,8 @@ from tests.proxy import proxied
 from tests.support import eventually
 from tided.engine.agent import Counters, EngineAgent
 from tided.engine.tap import Tap
+from tided.model.engines import EngineInfo, Observation, RequestStats, StepCounts, TargetInfo
 from tided.model.errors import Refused
-from tided.model.records import EngineInfo, Observation, RequestStats, StepCounts, TargetInfo
 from tided.wire import keys
 from tided.wire.control import (
     Body,

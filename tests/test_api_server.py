@@ -19,7 +19,7 @@ from tided.api.client import Client, api_path
 from tided.api.server import bound_socket, serve
 from tided.config import Config, DaemonConfig
 from tided.model.errors import ConfigError, Conflict, InvariantBroken, NotFound, Refused, TideError, Unavailable
-from tided.model.records import SpeculationMode
+from tided.model.policy import SpeculationMode
 
 in_thread = anyio.to_thread.run_sync
 

@@ -13,8 +13,8 @@ from tided.backends.base import SwapDone, require
 from tided.backends.redis import RedisBackend
 from tided.backends.registry import backend_for
 from tided.backends.transformers import TransformersBackend
+from tided.model.engines import Capability
 from tided.model.errors import Conflict, Refused, Superseded, Unavailable
-from tided.model.records import Capability
 from tided.store.client import connect
 from tided.store.engines import EngineStore
 

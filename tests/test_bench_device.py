@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import device
-from tided.model.records import Recipe
+from tided.model.jobs import Recipe
 from tided.training.losses import Frozen
 from tided.training.options import options_for
 

@@ -19,7 +19,7 @@ from bench.load import Answer, longest_gap
 from bench.traffic import DOMAINS
 from bench.turns import Measured, Pair
 from tided.model.codec import to_plain
-from tided.model.records import LatencyProfile, StepCounts
+from tided.model.engines import LatencyProfile, StepCounts
 from tided.policies.speedup import step_s
 
 PLAN = Plan()

@@ -20,7 +20,7 @@ from bench.study import Parts, prompts_of
 from bench.turns import Measured
 from bench.usage import Moment, share_within, shares, trees_cpu_s
 from tests.tiny import make_target
-from tided.model.records import LatencyProfile
+from tided.model.engines import LatencyProfile
 
 PROFILE = {"tokens": [1, 5], "target_s": [0.04, 0.05], "batches": [1], "draft_s": [0.004]}
 PLAN = Plan(

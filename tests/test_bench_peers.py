@@ -21,7 +21,7 @@ from tided.draft.eagle3 import Eagle3
 from tided.draft.formats import export_speculators
 from tided.draft.tensors import read_header, read_tensor_entry, to_bf16, write_file
 from tided.model.codec import to_plain
-from tided.model.records import Evaluation
+from tided.model.drafts import Evaluation
 from tided.training.data import read_shard
 from tided.training.losses import Frozen
 

@@ -11,7 +11,7 @@ from bench.forgetting import BEFORE, WITH, WITHOUT, difference, replayed_request
 from bench.forgetting import claims_of as forgetting_claims
 from bench.report import Claim
 from bench.study import digest_of, prompts_of
-from tided.model.records import Evaluation
+from tided.model.drafts import Evaluation
 
 BEGAN_MS = 1_000_000
 SAMPLES = {"tapped": 100, "stored": 90, "shed": 4, "lost": 0, "in_flight": 6}

@@ -11,7 +11,7 @@ from bench.dataplane import Turn
 from bench.dataplane import claims_of as dataplane_claims
 from bench.report import Claim
 from bench.scale import SIZES, Size, arrivals, claims_of, growth_claims, growth_mb, slope_mb_h, waited_ms
-from tided.model.records import JobKind
+from tided.model.jobs import JobKind
 
 SIZE = Size(20, 10, 1000, 10, 100.0, 10.0)
 

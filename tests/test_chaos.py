@@ -12,7 +12,9 @@ from chaos.plan import ENGINES, EVERYBODY, SERVICES, TRAINER, VALKEY, Fault, Kin
 from chaos.run import Chaos
 from chaos.stack import LEASE_S, Kept, Life, Stack
 from tided.local import Service
-from tided.model.records import Draft, DraftOrigin, Event, Job, JobKind, JobResult, JobSpec, JobState
+from tided.model.drafts import Draft, DraftOrigin
+from tided.model.events import Event
+from tided.model.jobs import Job, JobKind, JobResult, JobSpec, JobState
 from tided.wire.control import Command, Reply, SetSchedule, Swap
 
 

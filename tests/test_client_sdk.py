@@ -29,7 +29,7 @@ from tided.client import (
     identify,
 )
 from tided.draft import checkpoint
-from tided.model.records import Capability, EngineInfo
+from tided.model.engines import Capability, EngineInfo
 from tided.wire.control import MeasureProfile, SetCapture, SetSchedule, Swap
 
 pytestmark = pytest.mark.real

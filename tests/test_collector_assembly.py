@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tided.model.records import TapTotals
+from tided.model.engines import TapTotals
 from tided.services.assembly import Assembly, Limits, Plan, SeenChunks
 from tided.store.ledger import Seen
 from tided.store.samples import Run

@@ -19,7 +19,7 @@ from tided.ctl.locate import LOCAL_SOCKET, SYSTEM_SOCKET, socket_path
 from tided.ctl.main import app, exit_code
 from tided.model.errors import ConfigError, TideError
 from tided.model.launch import LaunchState
-from tided.model.records import SpeculationMode
+from tided.model.policy import SpeculationMode
 from tided.model.status import LauncherStatus, LaunchStatus
 
 ACTOR = f"uid:{os.getuid()}"

@@ -4,8 +4,9 @@ import pytest
 
 from tests.fake_plane import ENGINE, EVALUATION, JOB, WORKER, FakePlane
 from tided.ctl import words
+from tided.model.jobs import JobResult, JobState, Needs, Progress
 from tided.model.launch import LaunchState
-from tided.model.records import JobResult, JobState, Needs, PolicySetting, Progress, SpeculationMode
+from tided.model.policy import PolicySetting, SpeculationMode
 from tided.model.status import LaunchStatus
 
 

@@ -16,7 +16,9 @@ from tided.api.client import Client
 from tided.draft import checkpoint
 from tided.draft.target import describe
 from tided.machine.collection import Collection
-from tided.model.records import DeploymentState, Evaluation, JobKind, JobResult
+from tided.model.deployments import DeploymentState
+from tided.model.drafts import Evaluation
+from tided.model.jobs import JobKind, JobResult
 from tided.model.status import EngineStatus
 from tided.policies.domains import Domain, Domains
 from tided.services import dispatcher, scout

@@ -16,7 +16,7 @@ from tests.conftest import Valkey
 from tests.daemon_run import alive, children, tided
 from tests.support import eventually
 from tided.api.client import Client
-from tided.model.records import PolicySetting
+from tided.model.policy import PolicySetting
 from tided.model.status import Status
 from tided.store.valkey import find_binary
 

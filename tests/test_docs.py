@@ -20,18 +20,9 @@ from tided.api.access import Access
 from tided.api.routes import ENDPOINTS
 from tided.config import Config, load
 from tided.model.codec import to_plain
+from tided.model.engines import EngineInfo, LatencyProfile, Observation, RequestStats, StepCounts, TapTotals, TargetInfo
 from tided.model.ids import prompt_group
-from tided.model.records import (
-    EngineInfo,
-    JobKind,
-    LatencyProfile,
-    Observation,
-    RequestStats,
-    StepCounts,
-    TapTotals,
-    TargetInfo,
-    WorkerInfo,
-)
+from tided.model.jobs import JobKind, WorkerInfo
 from tided.replay.generate import KINDS
 from tided.store.jobs import JobStore
 from tided.store.workers import WorkerStore

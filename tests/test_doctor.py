@@ -12,7 +12,8 @@ from tests.control import Control, leading, settings, store_draft
 from tests.ctl_run import tidectl_at
 from tests.engine_double import describe_double, running_double
 from tests.support import eventually
-from tided.model.records import Check, CheckOutcome, Finding, JobKind, WorkerInfo
+from tided.model.jobs import JobKind, WorkerInfo
+from tided.model.verification import Check, CheckOutcome, Finding
 from tided.wire import keys
 
 pytest_plugins = ("tests.tiny_fixtures", "tests.s3_fixtures")

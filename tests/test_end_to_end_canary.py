@@ -18,8 +18,10 @@ from tided.config import Config
 from tided.draft import checkpoint
 from tided.draft.target import describe
 from tided.local import LocalStack, Service
+from tided.model.drafts import DraftOrigin
 from tided.model.errors import Conflict, Refused
-from tided.model.records import DraftOrigin, Event, JobKind, JobResult
+from tided.model.events import Event
+from tided.model.jobs import JobKind, JobResult
 from tided.store.client import connect
 from tided.store.drafts import DraftStore
 from tided.store.jobs import Claim, JobStore

@@ -12,7 +12,8 @@ from tests.support import eventually
 from tided.api.client import Client
 from tided.draft.target import describe
 from tided.local import LocalStack, services
-from tided.model.records import DeploymentState, DraftOrigin
+from tided.model.deployments import DeploymentState
+from tided.model.drafts import DraftOrigin
 from tided.model.status import EngineStatus
 from tided.store.drafts import DraftStore
 

@@ -14,7 +14,7 @@ from tests.tiny import make_target
 from tided.api.client import Client
 from tided.config import Config, load
 from tided.local import LocalStack, Service
-from tided.model.records import DeploymentState
+from tided.model.deployments import DeploymentState
 from tided.model.status import EngineStatus, Status
 from tided.store.samples import SampleStore, Split
 

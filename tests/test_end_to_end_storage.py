@@ -18,7 +18,7 @@ from tided.api.client import Client
 from tided.config import Config
 from tided.draft import checkpoint
 from tided.local import LocalStack, Service, services
-from tided.model.records import Capability
+from tided.model.engines import Capability
 from tided.store.objects import Kind, ObjectStore
 
 pytest_plugins = ("tests.s3_fixtures",)

@@ -18,8 +18,8 @@ from tided.engine.embedded.control import EmbeddedControl, load_draft
 from tided.engine.embedded.drafter import Drafter
 from tided.engine.embedded.scheduler import Output, Request, Scheduler
 from tided.engine.embedded.target import Target
+from tided.model.engines import Capability
 from tided.model.errors import Refused, Unavailable
-from tided.model.records import Capability
 from tided.wire.control import MeasureProfile, SetCapture, SetSchedule, Swap
 
 WAIT_S = 120.0

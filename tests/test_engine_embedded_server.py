@@ -20,7 +20,7 @@ from tests.support import eventually
 from tests.tiny import make_draft, make_target
 from tided.draft import checkpoint
 from tided.engine.embedded.server import main
-from tided.model.records import EngineInfo, Observation
+from tided.model.engines import EngineInfo, Observation
 from tided.wire import keys
 from tided.wire.control import Command, SetCapture, SetSchedule, decode, encode_command
 from tided.wire.samples import decode_header

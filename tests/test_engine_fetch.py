@@ -19,7 +19,8 @@ from tided.draft.target import describe
 from tided.engine.agent import EngineAgent
 from tided.engine.fetch import cache_dir
 from tided.engine.tap import Tap
-from tided.model.records import Capability, Draft, DraftOrigin, EngineInfo
+from tided.model.drafts import Draft, DraftOrigin
+from tided.model.engines import Capability, EngineInfo
 from tided.services.courier import Courier
 from tided.services.leadership import Leadership
 from tided.store.client import connect

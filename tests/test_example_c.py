@@ -25,7 +25,7 @@ from tided.api.client import Client
 from tided.draft import checkpoint
 from tided.draft.target import describe
 from tided.local import LocalStack, services
-from tided.model.records import Capability, RequestStats, TargetInfo
+from tided.model.engines import Capability, RequestStats, TargetInfo
 from tided.wire import keys
 from tided.wire.control import MeasureProfile, SetCapture, SetSchedule, Swap
 from tided.wire.samples import SampleHeader

@@ -17,7 +17,8 @@ from tests.test_end_to_end import make_prompts
 from tests.tiny import VOCAB, make_target
 from tided.api.client import Client
 from tided.local import LocalStack, services
-from tided.model.records import Event, JobKind
+from tided.model.events import Event
+from tided.model.jobs import JobKind
 from tided.model.status import EngineStatus
 
 pytestmark = pytest.mark.real

@@ -22,8 +22,8 @@ from tided.machine.canary import (
     step,
     validate_state,
 )
+from tided.model.deployments import Canary, CanaryState, DeploymentState
 from tided.model.errors import InvariantBroken
-from tided.model.records import Canary, CanaryState, DeploymentState
 
 S, D = CanaryState, DeploymentState
 NOW = 1_000_000

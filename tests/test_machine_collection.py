@@ -32,7 +32,7 @@ from tided.machine.collection import (
 )
 from tided.model.codec import from_plain, to_plain
 from tided.model.errors import InvariantBroken
-from tided.model.records import Recipe
+from tided.model.jobs import Recipe
 
 NOW = 1_000_000
 LOW = ("a",)

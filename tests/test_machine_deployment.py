@@ -25,8 +25,8 @@ from tided.machine.deployment import (
     step,
     validate_state,
 )
+from tided.model.deployments import Deployment, DeploymentState, ServedSums, WatchPeer
 from tided.model.errors import InvariantBroken
-from tided.model.records import Deployment, DeploymentState, ServedSums, WatchPeer
 
 S = DeploymentState
 NEW, OLD, OTHER = "a" * 64, "b" * 64, "c" * 64

@@ -31,7 +31,7 @@ from tided.machine.job import (
 )
 from tided.machine.placement import queue_of
 from tided.model.errors import Conflict, InvariantBroken
-from tided.model.records import Job, JobKind, JobResult, JobSpec, JobState
+from tided.model.jobs import Job, JobKind, JobResult, JobSpec, JobState
 from tided.store.client import connect
 from tided.store.jobs import Claim, JobStore
 from tided.wire import keys

@@ -25,8 +25,8 @@ from tided.machine.launching import (
     worker_name,
 )
 from tided.machine.placement import Capacity, Offer, Waiting
+from tided.model.jobs import JobKind, Needs, WorkerInfo
 from tided.model.launch import Launch, LaunchState
-from tided.model.records import JobKind, Needs, WorkerInfo
 
 RULES = Rules("ray", 2, 10_000, Offer(tuple(JobKind), Capacity("cuda", 2, 80)))
 NOW = 1_000_000

@@ -23,7 +23,7 @@ from tided.machine.verification import (
     validate_state,
 )
 from tided.model.errors import InvariantBroken
-from tided.model.records import Check, CheckOutcome, Verification, VerificationPhase, VerificationState
+from tided.model.verification import Check, CheckOutcome, Verification, VerificationPhase, VerificationState
 
 RULES = TestRules(reference_wait_ms=100, probe_timeout_ms=50, max_probes=2, retry_ms=1_000)
 GOOD = tuple(

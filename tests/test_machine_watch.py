@@ -15,7 +15,7 @@ from tided.machine.watch import (
     length_error,
     traffic_moved,
 )
-from tided.model.records import ServedSums, WatchPeer
+from tided.model.deployments import ServedSums, WatchPeer
 
 MARGIN = 0.1
 

@@ -18,8 +18,8 @@ from tided.backends.registry import backend_for
 from tided.backends.transformers import TransformersBackend
 from tided.config import SpeculationConfig, check_plugins, parse
 from tided.model import plugins
+from tided.model.engines import EngineInfo, LatencyProfile, TargetInfo
 from tided.model.errors import ConfigError, InvariantBroken, Refused, Superseded, Unavailable
-from tided.model.records import EngineInfo, LatencyProfile, TargetInfo
 from tided.policies.base import SpeculationDecision, SpeculationObservation
 from tided.policies.registry import policy_for
 from tided.policies.speedup import Acceptance

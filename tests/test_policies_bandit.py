@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests.test_policies_threshold import PROFILE, ran, seen
 from tided.config import SpeculationConfig
+from tided.model.engines import StepCounts
 from tided.model.errors import Refused
-from tided.model.records import StepCounts
 from tided.policies.bandit import BanditPolicy, BanditState
 from tided.policies.base import SpeculationDecision, SpeculationObservation, SpeculationPolicy
 from tided.policies.evidence import LossAccount

@@ -6,7 +6,7 @@ import pytest
 
 from tests.test_policies_threshold import PROFILE, decide, ran, seen
 from tided.config import SpeculationConfig
-from tided.model.records import LatencyProfile, StepCounts
+from tided.model.engines import LatencyProfile, StepCounts
 from tided.policies.calibration import Calibration
 from tided.policies.speedup import step_s, target_s
 from tided.replay.compare import compare

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_policies_threshold import PROFILE, ran
-from tided.model.records import StepCounts
+from tided.model.engines import StepCounts
 from tided.policies.evidence import CREDIT_S, MEMORY_S, Evidence, LossAccount, lost_s
 from tided.policies.speedup import Acceptance, step_s
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tided.model.records import RequestStats, SamplingScore
+from tided.model.drafts import SamplingScore
+from tided.model.engines import RequestStats
 from tided.policies.faults import (
     MAX_CLASSES,
     MIN_PROMPTS,

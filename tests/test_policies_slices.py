@@ -6,7 +6,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tided.model.records import RequestStats
+from tided.model.engines import RequestStats
 from tided.policies.slices import LEAST, Served, by_position, sliced, where
 
 GAMMA = 4

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tided.model.records import LatencyProfile, StepCounts
+from tided.model.engines import LatencyProfile, StepCounts
 from tided.policies import speedup as eq
 from tided.policies.speedup import Acceptance
 

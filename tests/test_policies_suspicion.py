@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_policies_faults import request
-from tided.model.records import Evaluation, RequestStats, SamplingScore
+from tided.model.drafts import Evaluation, SamplingScore
+from tided.model.engines import RequestStats
 from tided.policies.faults import MIN_PROMPTS, MIN_REQUESTS, MIN_SCORED_STEPS, WINDOW, ServedClasses
 from tided.policies.speedup import expected_length
 from tided.policies.suspicion import (

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tided.model.records import LatencyProfile, StepCounts
+from tided.model.engines import LatencyProfile, StepCounts
 from tided.policies.base import SpeculationDecision, SpeculationObservation, SpeculationPolicy
 from tided.policies.speedup import Acceptance, smoothed, step_s
 from tided.policies.threshold import ThresholdPolicy, ThresholdState

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tided.model.records import RequestStats
+from tided.model.engines import RequestStats
 from tided.policies.speedup import expected_length
 from tided.policies.training import AcceptanceTrend, Ema, request_alpha
 

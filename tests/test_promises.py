@@ -8,7 +8,8 @@ import pytest
 
 from chaos.plan import FAILPOINTS
 from tided.machine.collection import Phase
-from tided.model.records import CanaryState, DeploymentState, VerificationPhase
+from tided.model.deployments import CanaryState, DeploymentState
+from tided.model.verification import VerificationPhase
 
 PAGE = Path("docs/promises.md").read_text(encoding="utf-8")
 PROMISES = {

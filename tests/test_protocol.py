@@ -16,8 +16,7 @@ from tided.draft.target import describe
 from tided.engine import agent
 from tided.engine.tap import MAX_REQUEST_ID
 from tided.model.codec import from_plain, to_plain
-from tided.model.ids import prompt_group
-from tided.model.records import (
+from tided.model.engines import (
     Capability,
     EngineInfo,
     LatencyProfile,
@@ -27,6 +26,7 @@ from tided.model.records import (
     TapTotals,
     TargetInfo,
 )
+from tided.model.ids import prompt_group
 from tided.wire import control, fetch
 from tided.wire.control import (
     Command,

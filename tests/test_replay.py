@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tided.config import SpeculationConfig
+from tided.model.engines import LatencyProfile
 from tided.model.errors import Refused
-from tided.model.records import LatencyProfile
 from tided.policies.base import SpeculationDecision, SpeculationObservation
 from tided.policies.speedup import steps_s
 from tided.replay.baselines import BASELINES, Clairvoyant, always, windows

@@ -11,8 +11,8 @@ from bench import record as tool
 from tests.conftest import Valkey
 from tests.fake_plane import INFO
 from tided.config import SpeculationConfig
+from tided.model.engines import EngineInfo, Observation, StepCounts, TapTotals
 from tided.model.errors import NotFound, Refused
-from tided.model.records import EngineInfo, Observation, StepCounts, TapTotals
 from tided.policies.base import SpeculationDecision, SpeculationObservation
 from tided.replay.compare import compare
 from tided.replay.drivers import REPORT_S, Tided

@@ -16,23 +16,12 @@ from tests.support import cut_at, eventually
 from tided.backends.redis import RedisBackend
 from tided.draft import checkpoint
 from tided.draft.reference import sequences
+from tided.model.deployments import DeploymentState
+from tided.model.engines import EngineInfo, RequestStats
 from tided.model.errors import Refused, Unavailable
 from tided.model.ids import prompt_group
-from tided.model.records import (
-    Chain,
-    Check,
-    CheckOutcome,
-    DeploymentState,
-    DraftFault,
-    EngineInfo,
-    JobKind,
-    JobResult,
-    JobSpec,
-    JobState,
-    RequestStats,
-    VerificationState,
-    WorkerInfo,
-)
+from tided.model.jobs import Chain, DraftFault, JobKind, JobResult, JobSpec, JobState, WorkerInfo
+from tided.model.verification import Check, CheckOutcome, VerificationState
 from tided.services import acceptance, selftest
 from tided.services.acceptance import Drafted
 from tided.services.probing import Prober, Round

@@ -15,7 +15,9 @@ from tided.draft import reference
 from tided.draft.reference import FILE, Reference, sequences
 from tided.draft.target import describe, read_tensor
 from tided.draft.tensors import to_bf16, to_float32
-from tided.model.records import Check, CheckOutcome, JobKind, JobSpec, TargetInfo
+from tided.model.engines import TargetInfo
+from tided.model.jobs import JobKind, JobSpec
+from tided.model.verification import Check, CheckOutcome
 from tided.services import diagnosis
 from tided.services.diagnosis import Probed, Shape, Tapped
 from tided.services.embeddings import resemble

@@ -19,9 +19,10 @@ from tided.config import Config
 from tided.draft import checkpoint
 from tided.draft.target import describe
 from tided.local import LocalStack, services
+from tided.model.drafts import DraftOrigin
 from tided.model.errors import Refused
-from tided.model.records import CheckOutcome, DraftOrigin, VerificationState
 from tided.model.status import EngineStatus
+from tided.model.verification import CheckOutcome, VerificationState
 from tided.services import acceptance
 from tided.store.drafts import DraftStore
 from tided.store.samples import SampleStore, Split

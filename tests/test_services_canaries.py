@@ -9,8 +9,8 @@ from tests.engine_double import EngineDouble
 from tests.pool_scene import Scene
 from tests.support import eventually
 from tided.machine.collection import Phase
+from tided.model.deployments import Canary, CanaryState, DeploymentState
 from tided.model.errors import Conflict, Refused, Unavailable
-from tided.model.records import Canary, CanaryState, DeploymentState
 from tided.services.context import Context
 from tided.services.controller import Controller
 from tided.services.plane import ControlPlane

@@ -16,22 +16,11 @@ from tided.config import TargetConfig
 from tided.draft import checkpoint
 from tided.machine.collection import Collection, Phase
 from tided.machine.placement import Capacity
+from tided.model.deployments import DeploymentState
+from tided.model.drafts import Evaluation
 from tided.model.errors import Conflict, NotFound, Refused, Superseded, Unavailable
-from tided.model.records import (
-    DeploymentState,
-    Evaluation,
-    Job,
-    JobKind,
-    JobResult,
-    JobSpec,
-    JobState,
-    Needs,
-    PolicySetting,
-    Recipe,
-    SpeculationMode,
-    WorkerInfo,
-    WorkerMark,
-)
+from tided.model.jobs import Job, JobKind, JobResult, JobSpec, JobState, Needs, Recipe, WorkerInfo, WorkerMark
+from tided.model.policy import PolicySetting, SpeculationMode
 from tided.services.context import Context
 from tided.services.dispatcher import Dispatcher
 from tided.store.jobs import Claim

@@ -19,8 +19,10 @@ from tests.test_agent import FakeEngine
 from tided.draft import checkpoint
 from tided.engine.agent import EngineAgent
 from tided.engine.tap import Tap
+from tided.model.deployments import Deployment, DeploymentState
+from tided.model.drafts import Draft
+from tided.model.engines import EngineInfo
 from tided.model.errors import Conflict, Refused
-from tided.model.records import Deployment, DeploymentState, Draft, EngineInfo
 from tided.services.context import Context
 from tided.wire import keys
 from tided.wire.control import Body, Swap

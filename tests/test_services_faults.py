@@ -11,16 +11,10 @@ from tests.conftest import Valkey
 from tests.control import Control, leading, settings, store_samples
 from tests.engine_double import EngineDouble, describe_double, running_double
 from tests.support import cut_at, eventually
-from tided.model.records import (
-    Capability,
-    Evaluation,
-    Job,
-    JobKind,
-    JobResult,
-    JobState,
-    SamplingScore,
-    SpeculationMode,
-)
+from tided.model.drafts import Evaluation, SamplingScore
+from tided.model.engines import Capability
+from tided.model.jobs import Job, JobKind, JobResult, JobState
+from tided.model.policy import SpeculationMode
 from tided.policies.faults import WINDOW, Comparison, Verdict
 from tided.policies.speedup import expected_length
 from tided.policies.suspicion import TOKENS, Suspicion, cause

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tided.config import GateConfig
-from tided.model.records import Evaluation
+from tided.model.drafts import Evaluation
 from tided.services.gate import Verdict, judge
 
 CONFIG = GateConfig()

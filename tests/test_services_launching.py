@@ -14,8 +14,9 @@ from tests.launcher_double import LauncherDouble
 from tests.support import cut_at, eventually
 from tests.tiny import make_target
 from tided.model.errors import Unavailable
+from tided.model.jobs import JobKind, JobSpec, Needs, WorkerInfo
 from tided.model.launch import Launch, LaunchState
-from tided.model.records import CheckOutcome, JobKind, JobSpec, Needs, WorkerInfo
+from tided.model.verification import CheckOutcome
 from tided.services import launching
 from tided.services.launching import Launching, command
 

@@ -6,7 +6,8 @@ import pytest
 
 from tests.fake_plane import DIGESTS, INFO
 from tided.backends.guarded import AbsentBackend
-from tided.model.records import Evaluation, Observation, StepCounts, TapTotals
+from tided.model.drafts import Evaluation
+from tided.model.engines import Observation, StepCounts, TapTotals
 from tided.policies.speedup import Acceptance
 from tided.policies.training import AcceptanceTrend
 from tided.services.monitor import MOST_UNTOLD, SHADOW_TRIALS, EngineView, Meter

@@ -13,8 +13,10 @@ from tests.tiny import make_draft
 from tided.config import TargetConfig
 from tided.draft import checkpoint
 from tided.machine.collection import Phase
+from tided.model.deployments import DeploymentState
+from tided.model.engines import Capability
 from tided.model.errors import Refused
-from tided.model.records import Capability, DeploymentState, JobKind, Recipe
+from tided.model.jobs import JobKind, Recipe
 
 pytest_plugins = ("tests.pool_fixtures",)
 pytestmark = pytest.mark.real

@@ -9,8 +9,8 @@ import pytest
 from tests.conftest import Valkey
 from tests.control import Control, leading, settings
 from tests.engine_double import PROFILE, describe_double
+from tided.model.engines import EngineInfo
 from tided.model.errors import Superseded, Unavailable
-from tided.model.records import EngineInfo
 from tided.services.profiles import Profiles
 
 pytest_plugins = ("tests.tiny_fixtures",)

@@ -15,19 +15,11 @@ from tests.test_services_controller import evaluation
 from tided.config import GateConfig
 from tided.draft import checkpoint
 from tided.machine.collection import Collection, Phase
-from tided.model.records import (
-    Deployment,
-    DeploymentState,
-    Draft,
-    DraftOrigin,
-    Event,
-    JobKind,
-    JobResult,
-    JobState,
-    Recipe,
-    SamplingScore,
-    SpeculationMode,
-)
+from tided.model.deployments import Deployment, DeploymentState
+from tided.model.drafts import Draft, DraftOrigin, SamplingScore
+from tided.model.events import Event
+from tided.model.jobs import JobKind, JobResult, JobState, Recipe
+from tided.model.policy import SpeculationMode
 from tided.policies.domains import Domain, Domains
 from tided.policies.faults import Comparison, Verdict
 from tided.policies.suspicion import Answer, Suspicion

@@ -14,8 +14,9 @@ import pytest
 from tests.tiny import VOCAB, make_draft, make_target
 from tided.draft import checkpoint
 from tided.draft.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from tided.model.drafts import Draft, DraftOrigin, Evaluation
+from tided.model.engines import TargetInfo
 from tided.model.errors import NotFound, Refused, TideError, Unavailable
-from tided.model.records import Draft, DraftOrigin, Evaluation, TargetInfo
 from tided.store.drafts import DraftStore
 
 TARGET = TargetInfo("0" * 64, "tiny", 8, 48, VOCAB, (2, 4, 5))

@@ -8,19 +8,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import Valkey
+from tided.model.engines import Capability, EngineInfo, Observation, StepCounts, TapTotals, TargetInfo
 from tided.model.errors import Superseded, Unavailable
-from tided.model.records import (
-    Capability,
-    EngineInfo,
-    Event,
-    JobKind,
-    Observation,
-    StepCounts,
-    TapTotals,
-    TargetInfo,
-    WorkerInfo,
-    WorkerMark,
-)
+from tided.model.events import Event
+from tided.model.jobs import JobKind, WorkerInfo, WorkerMark
 from tided.store.client import connect, redis_time_ms
 from tided.store.engines import EngineStore
 from tided.store.events import EventStore

@@ -12,8 +12,9 @@ from tests.conftest import Valkey
 from tests.support import eventually
 from tided.machine.job import Verdict
 from tided.machine.placement import IDLE_MS, PATIENCE_MS, Capacity, Idle, Offer, Waiting, choose, queue_of
+from tided.model.drafts import Evaluation
 from tided.model.errors import Conflict, Refused, Superseded
-from tided.model.records import Evaluation, JobKind, JobResult, JobSpec, JobState, Needs, Progress
+from tided.model.jobs import JobKind, JobResult, JobSpec, JobState, Needs, Progress
 from tided.store.client import connect, redis_time_ms
 from tided.store.jobs import Claim, JobStore, TooLarge
 from tided.wire import keys

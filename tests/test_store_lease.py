@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from tests.conftest import Valkey
 from tests.support import eventually
+from tided.model.engines import TapTotals
 from tided.model.errors import Superseded, Unavailable
-from tided.model.records import PolicySetting, SpeculationMode, TapTotals
+from tided.model.policy import PolicySetting, SpeculationMode
 from tided.store import lease as lease_module
 from tided.store.client import connect, redis_time_ms
 from tided.store.lease import LeaderLease

@@ -11,7 +11,7 @@ import pytest
 from tided.draft import checkpoint
 from tided.draft.cache import Cache
 from tided.model.errors import ConfigError, NotFound, Refused, Unavailable
-from tided.model.records import StoredObject
+from tided.model.jobs import StoredObject
 from tided.store import objects
 from tided.store.objects import Kind, ObjectStore, Stager
 

@@ -19,7 +19,7 @@ import s3fs
 from tests.s3_server import SECRET, S3Server
 from tided.config import parse
 from tided.model.errors import ConfigError, Unavailable
-from tided.model.records import StoredObject
+from tided.model.jobs import StoredObject
 from tided.store import objects, s3
 from tided.store.objects import Kind, ObjectStore
 from tided.worker.agent import parse_settings

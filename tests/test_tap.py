@@ -13,9 +13,9 @@ import torch
 from tests.dataplane import HIDDEN, STATES, settings, states_of
 from tests.device import DEVICE
 from tided.engine.tap import MAX_REQUESTS, Slot, Tap, TapSettings
+from tided.model.engines import TapTotals
 from tided.model.errors import Refused
 from tided.model.ids import prompt_group
-from tided.model.records import TapTotals
 from tided.wire.samples import CHUNK_BYTES, End, RequestRef, Segment
 
 ROW_BYTES = STATES * HIDDEN * 2

@@ -15,7 +15,7 @@ from tests.support import eventually
 from tided.engine import link
 from tided.engine.publisher import Publisher
 from tided.engine.tap import Tap, TapSettings
-from tided.model.records import TapTotals
+from tided.model.engines import TapTotals
 from tided.wire import keys
 from tided.wire.samples import SampleHeader, check_payload, decode_header
 

@@ -25,7 +25,7 @@ from tided.draft.reference import FILE
 from tided.draft.target import describe
 from tided.model.codec import from_plain, to_plain
 from tided.model.errors import Refused
-from tided.model.records import Candidate, JobKind, JobResult, JobSpec, Progress, Recipe
+from tided.model.jobs import Candidate, JobKind, JobResult, JobSpec, Progress, Recipe
 from tided.training import batches
 from tided.training.__main__ import EXIT_REFUSED, main
 from tided.training.data import Run, mix, read_runs, read_shard, split_prompts

@@ -20,7 +20,7 @@ from tided.draft import checkpoint
 from tided.draft.tensors import read_header
 from tided.model.codec import from_plain, to_plain
 from tided.model.errors import Refused
-from tided.model.records import CHECKPOINT_FILE, JobResult, JobSpec
+from tided.model.jobs import CHECKPOINT_FILE, JobResult, JobSpec
 from tided.training.report import JSON_FILE
 from tided.training.trainer import train
 

@@ -19,7 +19,8 @@ from tided.engine.embedded.drafter import Drafter
 from tided.engine.embedded.sampling import SamplingParams
 from tided.engine.embedded.scheduler import Output, Request, Scheduler
 from tided.engine.embedded.target import Target
-from tided.model.records import RequestStats, SamplingScore
+from tided.model.drafts import SamplingScore
+from tided.model.engines import RequestStats
 from tided.policies.faults import ratio
 from tided.training.data import Piece, Run, pack, read_shard
 from tided.training.evaluate import evaluate, walk

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tided.model.engines import TapTotals
 from tided.model.errors import Refused
-from tided.model.records import TapTotals
 from tided.wire.checksum import crc32
 from tided.wire.samples import (
     ITEM_BYTES,

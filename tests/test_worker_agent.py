@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import Valkey
 from tests.support import eventually
 from tided.model.errors import Unavailable
-from tided.model.records import Job, JobKind, JobSpec, JobState, WorkerMark
+from tided.model.jobs import Job, JobKind, JobSpec, JobState, WorkerMark
 from tided.store.client import connect
 from tided.store.jobs import JobStore
 from tided.store.valkey import find_binary
@@ -30,7 +30,7 @@ SHORT_S = 3.0  # for leases that are meant to run out
 PROGRAM = """
 import sys, anyio
 from pathlib import Path
-from tided.model.records import JobKind
+from tided.model.jobs import JobKind
 from tided.worker.agent import Agent
 from tided.worker.settings import WorkerSettings
 url, name, work, fake, drain_s, lease_s, silence_s, jobs, idle_s = sys.argv[1:]

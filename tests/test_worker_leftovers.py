@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tided.model.records import CHECKPOINT_FILE
+from tided.model.jobs import CHECKPOINT_FILE
 from tided.worker import leftovers
 
 

@@ -24,8 +24,9 @@ from tided.config import Config
 from tided.draft import checkpoint
 from tided.draft.cache import Cache
 from tided.draft.target import describe
+from tided.model.drafts import DraftOrigin
 from tided.model.errors import Refused, Unavailable
-from tided.model.records import DraftOrigin, Job, JobKind, JobSpec, JobState
+from tided.model.jobs import Job, JobKind, JobSpec, JobState
 from tided.services import exchange
 from tided.store.objects import Kind, ObjectStore
 from tided.store.samples import Split
@@ -39,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import sys, anyio
 from pathlib import Path
-from tided.model.records import JobKind
+from tided.model.jobs import JobKind
 from tided.worker.agent import Agent
 from tided.worker.settings import WorkerSettings
 url, name, root, storage, fake, lease_s = sys.argv[1:]

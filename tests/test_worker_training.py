@@ -15,7 +15,7 @@ from tests.conftest import Valkey
 from tests.shards import train_spec
 from tests.support import eventually
 from tided.draft import checkpoint
-from tided.model.records import CHECKPOINT_FILE, Job, JobKind, JobSpec, JobState, Needs
+from tided.model.jobs import CHECKPOINT_FILE, Job, JobKind, JobSpec, JobState, Needs
 from tided.store.client import connect
 from tided.store.jobs import JobStore
 

@@ -40,17 +40,9 @@ from tided.engine.agent import Counters, EngineAgent
 from tided.engine.publisher import Publisher
 from tided.engine.tap import Tap, TapSettings
 from tided.model.codec import to_plain
+from tided.model.engines import Capability, EngineInfo, LatencyProfile, RequestStats, StepCounts, TapTotals, TargetInfo
 from tided.model.errors import Refused, TideError, Unavailable
 from tided.model.ids import new_id
-from tided.model.records import (
-    Capability,
-    EngineInfo,
-    LatencyProfile,
-    RequestStats,
-    StepCounts,
-    TapTotals,
-    TargetInfo,
-)
 from tided.wire.control import Body, MeasureProfile, SetSchedule, Swap
 from tided.wire.samples import ITEM_BYTES
 

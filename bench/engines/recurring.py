@@ -35,7 +35,7 @@ from tests.contract.peer import Peer
 from tided.config import Config
 from tided.local import LocalStack
 from tided.model.codec import to_plain
-from tided.model.records import Observation
+from tided.model.engines import Observation
 from tided.store.valkey import EmbeddedValkey
 
 SAY_EVERY_S = 10.0

@@ -38,7 +38,7 @@ from bench.turns import Measured, Pair, TurnLog
 from tided.config import Config
 from tided.local import LocalStack, services
 from tided.model.codec import to_plain
-from tided.model.records import EngineInfo
+from tided.model.engines import EngineInfo
 
 MEASURE_STRIDE = 500
 """A domain that comes again is measured on prompts so far behind those of its first part."""

@@ -26,8 +26,8 @@ from bench.model import DEFAULT
 from bench.study import Parts, plan_digest, prompts_of, run
 from bench.traffic import Prompt
 from tided.model.codec import to_plain
+from tided.model.engines import Observation
 from tided.model.errors import Unavailable
-from tided.model.records import Observation
 from tided.store.client import connect
 from tided.store.engines import EngineStore
 

@@ -9,7 +9,7 @@ import numpy as np
 from bench import report
 from bench.report import BOOTSTRAP_DRAWS, Claim, at_most
 from tided.model.codec import from_plain
-from tided.model.records import LatencyProfile, StepCounts
+from tided.model.engines import LatencyProfile, StepCounts
 from tided.policies.calibration import Calibration
 from tided.policies.speedup import Acceptance, smoothed, speedup_of_length, step_s
 

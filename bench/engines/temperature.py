@@ -31,8 +31,9 @@ from bench.traffic import DOMAINS, Prompt
 from tests.contract.peer import Peer
 from tided.config import Config
 from tided.local import LocalStack, services
-from tided.model.records import JobKind, VerificationState
+from tided.model.jobs import JobKind
 from tided.model.status import Status
+from tided.model.verification import VerificationState
 from tided.policies.faults import accepted_at
 
 Arm = Literal["stock", "mended"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from tided.model.records import Capability
+from tided.model.engines import Capability
 
 BOOT_S = 300.0
 

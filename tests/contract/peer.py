@@ -13,8 +13,8 @@ import redis
 from tests.support import eventually
 from tided.draft import bundle
 from tided.draft.identity import version_of
+from tided.model.engines import EngineInfo, Observation, TapTotals
 from tided.model.ids import prompt_group
-from tided.model.records import EngineInfo, Observation, TapTotals
 from tided.wire import fetch, keys
 from tided.wire.control import Body, Command, Deliver, Reply, SetCapture, decode, encode_command
 from tided.wire.samples import SampleHeader, check_payload, decode_header

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from tided.model.records import Capability
+from tided.model.engines import Capability
 
 
 class Subject(Protocol):

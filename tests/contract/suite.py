@@ -19,7 +19,7 @@ from tests.control import variant
 from tests.support import eventually
 from tided.draft import checkpoint
 from tided.model.codec import from_plain
-from tided.model.records import Capability, EngineInfo, LatencyProfile, RequestStats
+from tided.model.engines import Capability, EngineInfo, LatencyProfile, RequestStats
 from tided.wire.control import Body, MeasureProfile, SetSchedule, Swap
 
 SPECIAL = 3

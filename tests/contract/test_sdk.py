@@ -15,8 +15,8 @@ import pytest
 from tests.conftest import Valkey
 from tests.contract.suite import BackendContract, RestartContract
 from tests.tiny import make_draft, make_target
+from tided.model.engines import Capability
 from tided.model.ids import new_id
-from tided.model.records import Capability
 
 pytest_plugins = ("tests.contract.fixtures",)
 pytestmark = pytest.mark.real

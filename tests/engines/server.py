@@ -15,7 +15,7 @@ from bench.configs import free_port
 from tests.engines.environment import engine_environment
 from tided.config import Config, parse
 from tided.ctl.engine_args import EngineCommand, boot_draft, command
-from tided.model.records import Capability
+from tided.model.engines import Capability
 
 BOOT_S = 600.0
 STOP_S = 120.0

@@ -32,7 +32,7 @@ from tests.support import eventually
 from tided.api.client import Client
 from tided.config import Config
 from tided.local import LocalStack, services
-from tided.model.records import DeploymentState
+from tided.model.deployments import DeploymentState
 from tided.model.status import EngineStatus
 from tided.store.samples import SampleStore
 

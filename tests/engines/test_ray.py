@@ -27,8 +27,8 @@ from tided.draft.target import describe
 from tided.launchers.base import Launcher
 from tided.launchers.ray import RayLauncher
 from tided.model.errors import Refused, Unavailable
+from tided.model.jobs import Job, JobKind, JobSpec, JobState
 from tided.model.launch import Launch, LaunchState
-from tided.model.records import Job, JobKind, JobSpec, JobState
 from tided.model.status import LauncherStatus
 from tided.store.client import connect
 from tided.store.jobs import JobStore

@@ -12,7 +12,7 @@ from tests.contract.suite import BackendContract, RestartContract, assert_greedy
 from tests.engines.server import configure
 from tests.engines.vllm_server import VllmServer, make_models
 from tests.support import eventually
-from tided.model.records import StepCounts
+from tided.model.engines import StepCounts
 from tided.wire.control import SetSchedule
 
 pytest_plugins = ("tests.contract.fixtures",)

@@ -31,8 +31,8 @@ from tided.engine.vllm.remote import RemoteTap
 from tided.engine.vllm.sampling import expand, mend
 from tided.engine.vllm.settings import VllmSettings
 from tided.engine.vllm.worker import AttachRequest, Status
+from tided.model.engines import TapTotals
 from tided.model.errors import Refused, Unavailable
-from tided.model.records import TapTotals
 
 HIDDEN = 4
 WAKEUP = ("wake up", None)

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 
 from tided.model.codec import from_plain
 from tided.model.errors import ConfigError, Conflict, InvariantBroken, NotFound, Refused, TideError, Unavailable
-from tided.model.records import Event
+from tided.model.events import Event
 from tided.model.status import Status
 
 TIMEOUT_S = 10.0

@@ -8,9 +8,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from tided.api.plane import Plane
+from tided.model.deployments import Canary, CanaryState
 from tided.model.errors import Unavailable
-from tided.model.records import Canary, CanaryState, VerificationState
 from tided.model.status import EngineStatus, PoolStatus, Status
+from tided.model.verification import VerificationState
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 

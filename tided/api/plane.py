@@ -8,19 +8,13 @@ head of one (at least 6 digits), or "lineage@number".
 from pathlib import Path
 from typing import Any, Protocol
 
-from tided.model.records import (
-    Deployment,
-    Draft,
-    Event,
-    Finding,
-    Job,
-    JobState,
-    PolicySetting,
-    SpeculationMode,
-    WorkerInfo,
-    WorkerMark,
-)
+from tided.model.deployments import Deployment
+from tided.model.drafts import Draft
+from tided.model.events import Event
+from tided.model.jobs import Job, JobState, WorkerInfo, WorkerMark
+from tided.model.policy import PolicySetting, SpeculationMode
 from tided.model.status import EngineStatus, Explanation, PoolStatus, Status
+from tided.model.verification import Finding
 
 
 class Plane(Protocol):

@@ -20,7 +20,8 @@ from tided.api.metrics import CONTENT_TYPE, exposition
 from tided.api.plane import Plane
 from tided.model.codec import to_plain
 from tided.model.errors import ConfigError, Conflict, InvariantBroken, NotFound, Refused, TideError, Unavailable
-from tided.model.records import JobState, SpeculationMode
+from tided.model.jobs import JobState
+from tided.model.policy import SpeculationMode
 
 MAX_LIST = 1000
 MAX_WAIT_S = 30.0

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from tided.model.engines import Capability, EngineInfo, LatencyProfile, Observation
 from tided.model.errors import Refused
-from tided.model.records import Capability, EngineInfo, LatencyProfile, Observation
 from tided.store.engines import EngineStore
 
 

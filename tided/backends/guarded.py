@@ -7,9 +7,9 @@ from typing import Any
 import anyio
 
 from tided.backends.base import Backend, SwapDone
+from tided.model.engines import LatencyProfile, Observation
 from tided.model.errors import InvariantBroken, Refused, TideError, Unavailable
 from tided.model.plugins import Plugin
-from tided.model.records import LatencyProfile, Observation
 
 LOOK_S = 2.0
 """For what is asked in every cycle and must not wait."""

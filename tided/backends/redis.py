@@ -5,8 +5,8 @@ from typing import Any, Self
 
 from tided.backends.base import Backend, SwapDone
 from tided.model.codec import from_plain
+from tided.model.engines import EngineInfo, LatencyProfile, Observation
 from tided.model.errors import Conflict, Refused, Superseded
-from tided.model.records import EngineInfo, LatencyProfile, Observation
 from tided.store.engines import EngineStore
 from tided.wire.control import Body, Deliver, MeasureProfile, Reply, SetCapture, SetSchedule, Swap
 

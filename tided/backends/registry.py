@@ -4,7 +4,7 @@ from tided.backends.base import Backend
 from tided.backends.guarded import GuardedBackend
 from tided.backends.redis import RedisBackend
 from tided.model import plugins
-from tided.model.records import EngineInfo
+from tided.model.engines import EngineInfo
 from tided.store.engines import EngineStore
 
 

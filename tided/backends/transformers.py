@@ -4,8 +4,8 @@ It measures its profile at start-up, on its own core, and again only when idle; 
 """
 
 from tided.backends.redis import RedisBackend
+from tided.model.engines import LatencyProfile
 from tided.model.errors import Refused
-from tided.model.records import LatencyProfile
 
 
 class TransformersBackend(RedisBackend):

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tided.model.records import CheckOutcome, Finding
+from tided.model.verification import CheckOutcome, Finding
 
 _MARKS = {
     CheckOutcome.OK: ("ok", "green"),

@@ -83,7 +83,7 @@ def engines(context: typer.Context, as_json: Json = False) -> None:
 @workers.command("list")
 def workers_list(context: typer.Context, as_json: Json = False) -> None:
     """The connected workers."""
-    from tided.model.records import WorkerInfo
+    from tided.model.jobs import WorkerInfo
 
     render, answer = _get(context, "/v1/workers")
     render.plain(answer) if as_json else render.workers(_records(WorkerInfo, answer))
@@ -130,7 +130,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Look the whole installation over: every check, what was found, what to do. Exit code 1 if one failed."""
-    from tided.model.records import Finding
+    from tided.model.verification import Finding
 
     render, answer = _get(context, "/v1/doctor", {"engine": engine} if engine else None)
     from tided.ctl import doctor as report
@@ -255,7 +255,7 @@ def drafts_export(
 @drafts.command("list")
 def drafts_list(context: typer.Context, as_json: Json = False) -> None:
     """All stored versions."""
-    from tided.model.records import Draft
+    from tided.model.drafts import Draft
 
     render, answer = _get(context, "/v1/drafts")
     if as_json:
@@ -293,7 +293,7 @@ def jobs_list(
     as_json: Json = False,
 ) -> None:
     """Jobs, newest first."""
-    from tided.model.records import Job
+    from tided.model.jobs import Job
 
     render, answer = _get(context, "/v1/jobs", {"limit": limit, **({"state": state} if state else {})})
     render.plain(answer) if as_json else render.jobs(_records(Job, answer))
@@ -434,28 +434,28 @@ def _records(cls: type[Any], answer: Any) -> list[Any]:
 
 def _show_draft(answer: Any, as_json: bool) -> None:
     from tided.ctl import render
-    from tided.model.records import Draft
+    from tided.model.drafts import Draft
 
     render.plain(answer) if as_json else render.draft(*_records(Draft, [answer]))
 
 
 def _show_job(answer: Any, as_json: bool) -> None:
     from tided.ctl import render
-    from tided.model.records import Job
+    from tided.model.jobs import Job
 
     render.plain(answer) if as_json else render.job(*_records(Job, [answer]))
 
 
 def _show_deployments(answer: Any, as_json: bool) -> None:
     from tided.ctl import render
-    from tided.model.records import Deployment
+    from tided.model.deployments import Deployment
 
     render.plain(answer) if as_json else render.deployments(_records(Deployment, answer))
 
 
 def _show_policy(answer: Any, as_json: bool) -> None:
     from tided.ctl import render, words
-    from tided.model.records import PolicySetting
+    from tided.model.policy import PolicySetting
 
     render.plain(answer) if as_json else render.say(f"policy {words.policy(*_records(PolicySetting, [answer]))}")
 

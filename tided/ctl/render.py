@@ -12,7 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tided.ctl import words
-from tided.model.records import Canary, Deployment, Draft, EngineInfo, Event, Job, JobState, WorkerInfo
+from tided.model.deployments import Canary, Deployment
+from tided.model.drafts import Draft
+from tided.model.engines import EngineInfo
+from tided.model.events import Event
+from tided.model.jobs import Job, JobState, WorkerInfo
 from tided.model.status import EngineStatus, Explanation, PoolStatus, Status
 
 LABEL_WIDTH = 11

@@ -3,19 +3,11 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from tided.model.records import (
-    Canary,
-    Deployment,
-    Job,
-    JobState,
-    Needs,
-    PolicySetting,
-    Progress,
-    SpeculationMode,
-    Verification,
-    WorkerInfo,
-)
+from tided.model.deployments import Canary, Deployment
+from tided.model.jobs import Job, JobState, Needs, Progress, WorkerInfo
+from tided.model.policy import PolicySetting, SpeculationMode
 from tided.model.status import EngineStatus, LaunchStatus, SampleTotals, Status, TrainingStatus
+from tided.model.verification import Verification
 
 
 def duration(seconds: float) -> str:

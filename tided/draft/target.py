@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from tided.draft.tensors import Array, Entry, read_header, read_tensor_entry
+from tided.model.engines import TargetInfo
 from tided.model.errors import Refused, Unavailable
-from tided.model.records import TargetInfo
 
 _BLOCKS = 16
 _BLOCK_BYTES = 64 << 10

@@ -20,8 +20,8 @@ from redis.exceptions import RedisError
 
 from tided.engine.fetch import Fetcher
 from tided.engine.link import Backoff, connect
+from tided.model.engines import Capability, EngineInfo, Observation, RequestStats, StepCounts, TapTotals
 from tided.model.errors import Refused, TideError
-from tided.model.records import Capability, EngineInfo, Observation, RequestStats, StepCounts, TapTotals
 from tided.wire import keys
 from tided.wire.control import Body, Command, Deliver, Reply, SetCapture, Swap, decode_command, encode
 

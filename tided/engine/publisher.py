@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from tided.engine.link import Backoff, connect
 from tided.engine.tap import Slot, Tap
-from tided.model.records import TapTotals
+from tided.model.engines import TapTotals
 from tided.wire import keys
 from tided.wire.checksum import crc32
 from tided.wire.samples import SampleHeader, encode_header

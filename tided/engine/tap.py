@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from tided.model.engines import TapTotals
 from tided.model.ids import check_digest, check_name, prompt_group
-from tided.model.records import TapTotals
 from tided.wire.samples import CHUNK_BYTES, ITEM_BYTES, End, RequestRef, Segment
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ Level-triggered and total, as the deployment; events carry the time.
 
 from dataclasses import dataclass, replace
 
+from tided.model.deployments import Canary, CanaryState, DeploymentState
 from tided.model.errors import InvariantBroken
-from tided.model.records import Canary, CanaryState, DeploymentState
 
 MOST_ENGINES = 2
 """A draft that takes its engine down must not go round all of them."""

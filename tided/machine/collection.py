@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from tided.model.errors import InvariantBroken
-from tided.model.records import Recipe
+from tided.model.jobs import Recipe
 
 
 class Phase(StrEnum):

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from tided.machine import watch
 from tided.machine.watch import Judgement, Verdict
+from tided.model.deployments import Deployment, DeploymentState, ServedSums
 from tided.model.errors import InvariantBroken
-from tided.model.records import Deployment, DeploymentState, ServedSums
 
 _S = DeploymentState
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from tided.model.errors import InvariantBroken
-from tided.model.records import JobState
+from tided.model.jobs import JobState
 
 BACKOFF_BASE_MS = 2_000
 BACKOFF_CAP_MS = 300_000

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from tided.machine.job import backoff_ms
 from tided.machine.placement import Capacity, Offer, Waiting, fits
+from tided.model.jobs import WorkerInfo
 from tided.model.launch import Launch, LaunchState
-from tided.model.records import WorkerInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ and never at all jobs.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tided.model.records import JobKind, Needs
+from tided.model.jobs import JobKind, Needs
 
 FASTER = 2.0
 PATIENCE_MS = 2_000

@@ -12,7 +12,7 @@ that takes over does it again. A mismatch holds as long as the incarnation does.
 from dataclasses import dataclass, replace
 
 from tided.model.errors import InvariantBroken
-from tided.model.records import Check, CheckOutcome, Verification, VerificationPhase, VerificationState
+from tided.model.verification import Check, CheckOutcome, Verification, VerificationPhase, VerificationState
 
 _S, _P = VerificationState, VerificationPhase
 

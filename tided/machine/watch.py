@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import hypot, inf, sqrt
 
-from tided.model.records import ServedSums, WatchPeer
+from tided.model.deployments import ServedSums, WatchPeer
 
 SURE = 1.645
 """Standard errors: one-sided 95%, as the gate's. That a draft is looked at often is what `rollback_margin` leaves room for."""

@@ -5,8 +5,12 @@ Rates and means are over the monitor's recent window; None where nothing was mea
 
 from dataclasses import dataclass
 
+from tided.model.deployments import Canary, Deployment
+from tided.model.engines import EngineInfo
+from tided.model.jobs import Job, WorkerInfo
 from tided.model.launch import LaunchState
-from tided.model.records import Canary, Deployment, EngineInfo, Job, PolicySetting, Verification, WorkerInfo
+from tided.model.policy import PolicySetting
+from tided.model.verification import Verification
 
 
 @dataclass(frozen=True, slots=True)

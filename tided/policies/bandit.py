@@ -17,8 +17,8 @@ from operator import mul
 from typing import Any, Self
 
 from tided.config import SpeculationConfig
+from tided.model.engines import LatencyProfile, StepCounts
 from tided.model.errors import Refused
-from tided.model.records import LatencyProfile, StepCounts
 from tided.policies.base import BatchChoice, SpeculationDecision, SpeculationObservation
 from tided.policies.choice import Held, Rule, could_pay, predictions
 from tided.policies.evidence import Evidence, LossAccount, figures, lost_s

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from tided.model.records import LatencyProfile, StepCounts
+from tided.model.engines import LatencyProfile, StepCounts
 from tided.policies.speedup import Acceptance
 
 S = TypeVar("S")

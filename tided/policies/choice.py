@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tided.model.records import LatencyProfile
+from tided.model.engines import LatencyProfile
 from tided.policies.base import BatchChoice, SpeculationObservation
 from tided.policies.speedup import Acceptance, capped, steps_s
 

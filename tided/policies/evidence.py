@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import exp, sqrt
 
-from tided.model.records import LatencyProfile, StepCounts
+from tided.model.engines import LatencyProfile, StepCounts
 from tided.policies.base import SpeculationObservation
 from tided.policies.speedup import Acceptance, steps_s
 

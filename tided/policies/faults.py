@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from math import floor, sqrt
 
-from tided.model.records import RequestStats, SamplingScore
+from tided.model.drafts import SamplingScore
+from tided.model.engines import RequestStats
 
 WINDOW = 256
 """Newest finished requests of one temperature that are judged."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from tided.model.records import RequestStats
+from tided.model.engines import RequestStats
 from tided.policies.faults import ratio
 
 LENGTHS = (128, 512, 2048)

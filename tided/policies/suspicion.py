@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import sqrt
 
-from tided.model.records import Evaluation, RequestStats, SamplingScore
+from tided.model.drafts import Evaluation, SamplingScore
+from tided.model.engines import RequestStats
 from tided.policies.faults import (
     MARGIN,
     MIN_PROMPTS,

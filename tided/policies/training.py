@@ -13,7 +13,7 @@ what is looked for, enters it once only, where it would inflate an ordinary vari
 from dataclasses import dataclass, replace
 from math import inf, sqrt
 
-from tided.model.records import RequestStats
+from tided.model.engines import RequestStats
 from tided.policies.speedup import alpha_from_length
 
 _FULL_WEIGHT_STEPS = 8

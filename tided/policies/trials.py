@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import exp, inf
 
-from tided.model.records import StepCounts
+from tided.model.engines import StepCounts
 from tided.policies.base import BatchChoice
 
 WINDOW_S = 60.0

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tided.model.records import StepCounts
+from tided.model.engines import StepCounts
 from tided.policies.speedup import Acceptance, speedup_of_length, steps_s
 from tided.replay.drivers import Driver
 from tided.replay.trace import Trace

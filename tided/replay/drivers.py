@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from tided.model.records import StepCounts
+from tided.model.engines import StepCounts
 from tided.policies.base import SpeculationDecision, SpeculationObservation, SpeculationPolicy
 from tided.policies.speedup import Acceptance, smoothed
 from tided.replay.trace import Trace

@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from tided.model.engines import LatencyProfile
 from tided.model.errors import Refused
-from tided.model.records import LatencyProfile
 from tided.policies.speedup import steps_s
 from tided.replay.trace import BIN_S, Header, Trace
 

@@ -23,16 +23,9 @@ from tided.machine.collection import (
     TrendJudged,
 )
 from tided.machine.verification import Connected, Doubted, Probed, ReferenceFound, TimePassed
-from tided.model.records import (
-    Check,
-    CheckOutcome,
-    Evaluation,
-    RequestStats,
-    SamplingScore,
-    Verification,
-    VerificationPhase,
-    VerificationState,
-)
+from tided.model.drafts import Evaluation, SamplingScore
+from tided.model.engines import RequestStats
+from tided.model.verification import Check, CheckOutcome, Verification, VerificationPhase, VerificationState
 from tided.policies import suspicion
 from tided.policies.faults import ServedClasses
 from tided.policies.speedup import expected_length

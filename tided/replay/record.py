@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tided.model.engines import EngineInfo, Observation
 from tided.model.errors import Refused
-from tided.model.records import EngineInfo, Observation
 from tided.policies.speedup import smoothed, step_s
 from tided.replay.trace import Header, Trace
 

@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tided.model.codec import from_plain, to_plain
+from tided.model.engines import LatencyProfile
 from tided.model.errors import Refused
-from tided.model.records import LatencyProfile
 
 SUFFIX = ".trace.safetensors"
 SCHEMA = "1"

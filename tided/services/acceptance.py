@@ -11,21 +11,12 @@ from dataclasses import dataclass
 
 import anyio
 
+from tided.model.drafts import Draft, DraftOrigin
+from tided.model.engines import EngineInfo, RequestStats
 from tided.model.errors import Conflict
 from tided.model.ids import new_id
-from tided.model.records import (
-    Chain,
-    Check,
-    CheckOutcome,
-    Draft,
-    DraftFault,
-    DraftOrigin,
-    EngineInfo,
-    JobKind,
-    JobSpec,
-    JobState,
-    RequestStats,
-)
+from tided.model.jobs import Chain, DraftFault, JobKind, JobSpec, JobState
+from tided.model.verification import Check, CheckOutcome
 from tided.services.context import Context
 
 NAME = "draft acceptance"

@@ -29,8 +29,10 @@ from tided.machine.canary import (
     VersionBlamed,
 )
 from tided.model import failpoints
+from tided.model.deployments import Canary, CanaryState, Deployment, DeploymentState
+from tided.model.drafts import Draft, DraftOrigin
 from tided.model.errors import Conflict, Refused
-from tided.model.records import Canary, CanaryState, Deployment, DeploymentState, Draft, DraftOrigin, Job
+from tided.model.jobs import Job
 from tided.services.context import Context
 from tided.services.deployer import Deployer, fits
 from tided.services.monitor import Monitor

@@ -11,8 +11,11 @@ from redis.asyncio import Redis
 
 from tided.config import Config, TargetConfig, TrainingConfig
 from tided.draft.target import describe
+from tided.model.drafts import Draft
+from tided.model.engines import TargetInfo
 from tided.model.errors import Refused, TideError
-from tided.model.records import Draft, Event, Job, JobSpec, TargetInfo
+from tided.model.events import Event
+from tided.model.jobs import Job, JobSpec
 from tided.services.courier import Courier
 from tided.services.exchange import Exchange
 from tided.services.leadership import Leadership

@@ -20,17 +20,12 @@ import structlog
 from tided.draft.init import init_draft
 from tided.draft.target import describe
 from tided.model import failpoints
+from tided.model.deployments import Deployment, DeploymentState
+from tided.model.drafts import Draft, DraftOrigin
+from tided.model.engines import Capability
 from tided.model.errors import Refused, Superseded, TideError, Unavailable
-from tided.model.records import (
-    Capability,
-    Deployment,
-    DeploymentState,
-    Draft,
-    DraftOrigin,
-    Job,
-    PolicySetting,
-    SpeculationMode,
-)
+from tided.model.jobs import Job
+from tided.model.policy import PolicySetting, SpeculationMode
 from tided.policies.base import SpeculationDecision
 from tided.services.canaries import Canaries
 from tided.services.context import Context

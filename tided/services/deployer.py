@@ -31,9 +31,11 @@ from tided.machine.deployment import (
     WatchRules,
 )
 from tided.model import failpoints
+from tided.model.deployments import Deployment, DeploymentState, ServedSums
+from tided.model.drafts import Draft
+from tided.model.engines import Capability, EngineInfo
 from tided.model.errors import Conflict, NotFound, Refused, Superseded
 from tided.model.ids import new_id
-from tided.model.records import Capability, Deployment, DeploymentState, Draft, EngineInfo, ServedSums
 from tided.services.context import Context
 from tided.services.monitor import EngineView, Monitor
 from tided.services.watching import Readings, baseline, peers

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from tided.draft.reference import Float, Reference, read_head
 from tided.draft.tensors import to_float32
-from tided.model.records import Check, CheckOutcome, TargetInfo
+from tided.model.engines import TargetInfo
+from tided.model.verification import Check, CheckOutcome
 from tided.store.samples import Run
 
 SHIFTS = (-1, 1, -2, 2)

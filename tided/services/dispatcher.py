@@ -27,16 +27,10 @@ from tided.machine.collection import (
     TrendJudged,
 )
 from tided.model import failpoints
+from tided.model.engines import Capability
 from tided.model.errors import Conflict, Refused
 from tided.model.ids import new_id
-from tided.model.records import (
-    Capability,
-    Job,
-    JobKind,
-    JobSpec,
-    JobState,
-    Needs,
-)
+from tided.model.jobs import Job, JobKind, JobSpec, JobState, Needs
 from tided.services.canaries import Canaries
 from tided.services.context import Context
 from tided.services.finishing import Ending, Finishing

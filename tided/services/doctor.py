@@ -6,15 +6,10 @@ from pathlib import Path
 
 import anyio.to_thread
 
+from tided.model.engines import Capability
 from tided.model.errors import Refused, TideError
-from tided.model.records import (
-    Capability,
-    Check,
-    CheckOutcome,
-    Finding,
-    JobKind,
-    VerificationState,
-)
+from tided.model.jobs import JobKind
+from tided.model.verification import Check, CheckOutcome, Finding, VerificationState
 from tided.services.controller import Controller
 from tided.services.monitor import EngineView
 from tided.store.client import check_server, shown, translated

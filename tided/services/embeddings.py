@@ -8,7 +8,7 @@ import numpy as np
 from tided.draft import target
 from tided.draft.reference import Float
 from tided.draft.tensors import to_float32
-from tided.model.records import Check, CheckOutcome
+from tided.model.verification import Check, CheckOutcome
 from tided.services.diagnosis import LEAST_ROWS, SHIFTS, Tapped, failed, moved
 
 NAME = "embeddings"

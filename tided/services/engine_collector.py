@@ -18,9 +18,9 @@ from redis.exceptions import ResponseError
 
 from tided.model import failpoints
 from tided.model.codec import from_plain, to_plain
+from tided.model.engines import EngineInfo
 from tided.model.errors import Refused, Unavailable
 from tided.model.ids import check_name
-from tided.model.records import EngineInfo
 from tided.services.assembly import Assembly, Limits, Plan, SeenChunks
 from tided.store import ledger, pressing, purge
 from tided.store.aside import read_aside

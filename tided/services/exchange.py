@@ -22,7 +22,7 @@ import structlog
 from tided.config import Config, StorageConfig
 from tided.draft.cache import Cache
 from tided.model.errors import NotFound, Refused, TideError, Unavailable
-from tided.model.records import Job, JobKind, JobResult, JobSpec, JobState, StoredObject
+from tided.model.jobs import Job, JobKind, JobResult, JobSpec, JobState, StoredObject
 from tided.services.leadership import Leadership
 from tided.store import objects
 from tided.store.drafts import DraftStore

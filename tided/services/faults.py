@@ -14,8 +14,10 @@ from collections.abc import Awaitable, Callable, Sequence
 import anyio.to_thread
 
 from tided.model import failpoints
+from tided.model.drafts import DraftOrigin
+from tided.model.engines import Capability, EngineInfo
 from tided.model.ids import new_id
-from tided.model.records import Candidate, Capability, DraftOrigin, EngineInfo, JobKind, JobSpec, JobState
+from tided.model.jobs import Candidate, JobKind, JobSpec, JobState
 from tided.policies import slices, suspicion
 from tided.policies.faults import Comparison, Verdict
 from tided.policies.slices import Served, Slice

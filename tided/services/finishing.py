@@ -12,8 +12,10 @@ import anyio.to_thread
 
 from tided.machine.collection import Outcome
 from tided.model import failpoints
+from tided.model.deployments import Canary, CanaryState
+from tided.model.drafts import Draft, DraftOrigin
 from tided.model.errors import Refused
-from tided.model.records import Canary, CanaryState, Draft, DraftOrigin, Job, JobResult
+from tided.model.jobs import Job, JobResult
 from tided.services import gate
 from tided.services.canaries import Canaries
 from tided.services.context import Context

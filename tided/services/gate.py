@@ -11,7 +11,7 @@ from enum import StrEnum
 import numpy as np
 
 from tided.config import GateConfig
-from tided.model.records import Evaluation
+from tided.model.drafts import Evaluation
 
 _BLOCK = 200
 

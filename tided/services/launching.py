@@ -18,8 +18,8 @@ from tided.machine.launching import Cancel, Forget, LaunchAction, Launches, Rule
 from tided.machine.placement import Capacity, Offer, Waiting
 from tided.model import failpoints
 from tided.model.errors import Refused, Superseded, TideError
+from tided.model.jobs import JobKind, JobState, WorkerMark
 from tided.model.launch import Launch
-from tided.model.records import JobKind, JobState, WorkerMark
 from tided.model.status import LauncherStatus, LaunchStatus
 from tided.services.context import Context
 

@@ -15,8 +15,10 @@ from tided.backends.base import Backend
 from tided.backends.guarded import AbsentBackend
 from tided.backends.registry import backend_for
 from tided.config import TrainingConfig
+from tided.model.deployments import ServedSums
+from tided.model.drafts import Evaluation
+from tided.model.engines import EngineInfo, Observation, RequestStats, StepCounts, TapTotals
 from tided.model.errors import Refused
-from tided.model.records import EngineInfo, Evaluation, Observation, RequestStats, ServedSums, StepCounts, TapTotals
 from tided.policies.faults import ServedClasses
 from tided.policies.speedup import HALF_LIFE_TRIALS, Acceptance, expected_length
 from tided.policies.training import AcceptanceTrend, request_alpha

@@ -14,24 +14,15 @@ import structlog
 
 import tided
 from tided.machine.collection import Phase, TrainingRequested
+from tided.model.deployments import Canary, Deployment, DeploymentState
+from tided.model.drafts import Draft
 from tided.model.errors import Conflict, NotFound, Refused, TideError, Unavailable
+from tided.model.events import Event
 from tided.model.ids import check_name
-from tided.model.records import (
-    Canary,
-    Deployment,
-    DeploymentState,
-    Draft,
-    Event,
-    Finding,
-    Job,
-    JobKind,
-    JobState,
-    PolicySetting,
-    SpeculationMode,
-    WorkerInfo,
-    WorkerMark,
-)
+from tided.model.jobs import Job, JobKind, JobState, WorkerInfo, WorkerMark
+from tided.model.policy import PolicySetting, SpeculationMode
 from tided.model.status import Choice, EngineStatus, Explanation, PoolStatus, SpeculationStatus, Status, TrainingStatus
+from tided.model.verification import Finding
 from tided.services import pooled
 from tided.services.controller import Controller
 from tided.services.deployer import ROLLBACK, TALLY, Tally, check_fit

@@ -8,8 +8,10 @@ more: then it is the nearest version from which it descends that is good.
 from collections import Counter
 from dataclasses import dataclass, field
 
+from tided.model.deployments import Deployment
+from tided.model.drafts import Draft
+from tided.model.engines import Capability, EngineInfo
 from tided.model.errors import Refused
-from tided.model.records import Capability, Deployment, Draft, EngineInfo
 from tided.policies.suspicion import Suspicion
 from tided.services.context import Context, Target
 from tided.services.deployer import RESTART, ROLLBACK, check_fit, desired_version

@@ -19,9 +19,10 @@ from redis.asyncio import Redis
 
 from tided.backends.base import Backend
 from tided.draft.reference import Reference, sequences
+from tided.model.engines import Capability, EngineInfo, RequestStats
 from tided.model.errors import Refused, Unavailable
 from tided.model.ids import prompt_group
-from tided.model.records import Capability, Check, CheckOutcome, EngineInfo, RequestStats
+from tided.model.verification import Check, CheckOutcome
 from tided.services import diagnosis
 from tided.services.acceptance import Drafted
 from tided.services.context import Target

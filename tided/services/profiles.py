@@ -7,7 +7,7 @@ that is kept until it measures again; `tided.policies.calibration` corrects that
 
 from dataclasses import dataclass
 
-from tided.model.records import EngineInfo, LatencyProfile
+from tided.model.engines import EngineInfo, LatencyProfile
 from tided.services.context import Context
 
 STATE = "profile"

@@ -23,21 +23,12 @@ from enum import StrEnum
 
 from tided.machine.collection import Collection
 from tided.model import failpoints
+from tided.model.deployments import DeploymentState
+from tided.model.drafts import Draft, DraftOrigin, Evaluation
+from tided.model.engines import Capability, EngineInfo
 from tided.model.errors import Conflict, Refused
 from tided.model.ids import new_id
-from tided.model.records import (
-    Candidate,
-    Capability,
-    DeploymentState,
-    Draft,
-    DraftOrigin,
-    EngineInfo,
-    Evaluation,
-    Job,
-    JobKind,
-    JobSpec,
-    JobState,
-)
+from tided.model.jobs import Candidate, Job, JobKind, JobSpec, JobState
 from tided.policies.domains import DomainRules, Domains
 from tided.services import gate
 from tided.services.context import Context

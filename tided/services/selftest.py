@@ -29,22 +29,12 @@ from tided.machine.verification import (
     VerificationEvent,
 )
 from tided.model import failpoints
+from tided.model.deployments import Deployment
+from tided.model.drafts import Draft, DraftOrigin
+from tided.model.engines import Capability, EngineInfo
 from tided.model.errors import Refused, Superseded, TideError
-from tided.model.records import (
-    Capability,
-    Check,
-    CheckOutcome,
-    Deployment,
-    Draft,
-    DraftOrigin,
-    EngineInfo,
-    JobKind,
-    JobSpec,
-    JobState,
-    Verification,
-    VerificationPhase,
-    VerificationState,
-)
+from tided.model.jobs import JobKind, JobSpec, JobState
+from tided.model.verification import Check, CheckOutcome, Verification, VerificationPhase, VerificationState
 from tided.services import acceptance, deployer, diagnosis
 from tided.services.context import Context
 from tided.services.diagnosis import Shape, Tapped

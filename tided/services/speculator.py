@@ -6,8 +6,9 @@ from typing import Any
 import structlog
 
 from tided.config import SpeculationConfig
+from tided.model.engines import EngineInfo, LatencyProfile
 from tided.model.errors import Refused
-from tided.model.records import EngineInfo, LatencyProfile, PolicySetting, SpeculationMode
+from tided.model.policy import PolicySetting, SpeculationMode
 from tided.policies.base import SpeculationDecision, SpeculationObservation, SpeculationPolicy
 from tided.policies.registry import policy_for
 from tided.policies.speedup import smoothed

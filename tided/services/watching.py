@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tided.machine.watch import MIN_BASELINE_STEPS, MOST_PEERS, length_error
-from tided.model.records import ServedSums, WatchPeer
+from tided.model.deployments import ServedSums, WatchPeer
 from tided.services.monitor import EngineView, Meter
 
 

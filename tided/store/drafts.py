@@ -22,9 +22,10 @@ from tided.draft import checkpoint
 from tided.draft.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from tided.draft.target import TargetShape
 from tided.model.codec import from_plain, to_plain
+from tided.model.drafts import Draft, DraftOrigin, Evaluation
+from tided.model.engines import TargetInfo
 from tided.model.errors import NotFound, Refused, Unavailable
 from tided.model.ids import check_digest, check_name
-from tided.model.records import Draft, DraftOrigin, Evaluation, TargetInfo
 
 SCHEMA = 1
 MIN_PREFIX = 6

@@ -9,9 +9,9 @@ import anyio
 import structlog
 from redis.asyncio import Redis
 
+from tided.model.engines import EngineInfo, Observation
 from tided.model.errors import Refused, Unavailable
 from tided.model.ids import new_id
-from tided.model.records import EngineInfo, Observation
 from tided.store.client import redis_time_ms, translated
 from tided.store.replies import entries, raw
 from tided.wire import keys

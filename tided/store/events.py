@@ -7,7 +7,7 @@ import structlog
 from redis.asyncio import Redis
 
 from tided.model.errors import Refused
-from tided.model.records import Event
+from tided.model.events import Event
 from tided.store import scripts
 from tided.store.client import translated
 from tided.store.replies import entries, raw

@@ -10,7 +10,7 @@ from tided.machine.job import Verdict
 from tided.machine.placement import Capacity, Offer, queue_of
 from tided.model.errors import Conflict, NotFound, Refused
 from tided.model.ids import check_name, new_id
-from tided.model.records import Job, JobKind, JobResult, JobSpec, JobState, Progress
+from tided.model.jobs import Job, JobKind, JobResult, JobSpec, JobState, Progress
 from tided.store import job_scripts
 from tided.store.client import translated
 from tided.store.replies import fields

@@ -21,7 +21,7 @@ from tided.draft.cache import Cache
 from tided.model import failpoints
 from tided.model.errors import ConfigError, NotFound, Refused, TideError, Unavailable
 from tided.model.ids import check_digest, new_id
-from tided.model.records import StoredObject
+from tided.model.jobs import StoredObject
 
 BLOCK_BYTES = 1 << 20
 FILE_NAME = "file.safetensors"

@@ -4,7 +4,7 @@ from typing import TypeVar
 
 from redis.asyncio import Redis
 
-from tided.model.records import PolicySetting
+from tided.model.policy import PolicySetting
 from tided.store import scripts
 from tided.store.client import translated
 from tided.store.replies import raw

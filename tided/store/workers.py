@@ -11,7 +11,7 @@ import structlog
 from redis.asyncio import Redis
 
 from tided.model.errors import Refused
-from tided.model.records import WorkerInfo, WorkerMark
+from tided.model.jobs import WorkerInfo, WorkerMark
 from tided.store import scripts
 from tided.store.client import translated
 from tided.store.replies import raw

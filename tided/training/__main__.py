@@ -16,7 +16,7 @@ import torch
 from tided.draft.target import read_json
 from tided.model.codec import from_plain
 from tided.model.errors import Refused, TideError, Unavailable
-from tided.model.records import JobKind, JobResult, JobSpec
+from tided.model.jobs import JobKind, JobResult, JobSpec
 from tided.training.memory import keep_freed
 from tided.training.progress import Reporter, write_line, write_result
 from tided.training.ranks import Ranks, joined

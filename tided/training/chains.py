@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tided.draft.checkpoint import Checkpoint
 from tided.draft.eagle3 import Eagle3
-from tided.model.records import Chain, DraftFault
+from tided.model.jobs import Chain, DraftFault
 from tided.training.data import AUX_STATES, Pack, Run, whole_packs
 from tided.training.losses import Frozen
 from tided.training.ttt import Unroll

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tided.draft.eagle3 import Eagle3
-from tided.model.records import Evaluation
+from tided.model.drafts import Evaluation
 from tided.training.data import Pack, Run, whole_packs
 from tided.training.losses import Frozen
 from tided.training.ttt import Unroll

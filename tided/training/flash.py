@@ -84,14 +84,15 @@ class _Joint(Function):
             for score, value in zip(scores, later[1::2], strict=True):
                 grouped.addcmul_((score - joint).exp_().unsqueeze(-1), value.unsqueeze(2).float())
             out, norm = grouped.view(q.shape).to(q.dtype), joint.flatten(1).T.contiguous()
-        ctx.save_for_backward(q, keys, values, out, norm, scores, *later)
-        ctx.bounds = bounds  # type: ignore[attr-defined]
+        ctx.save_for_backward(q, keys, values, out, norm, *later)
+        ctx.bounds, ctx.scores = bounds, scores  # type: ignore[attr-defined]
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q, keys, values, out, norm, scores, *later = ctx.saved_tensors
+        q, keys, values, out, norm, *later = ctx.saved_tensors
         bounds: Bounds = ctx.bounds
+        scores: Tensor | None = ctx.scores
         grad = grad_outputs[0].contiguous()
         none = torch.empty(0, device=q.device)
         seeds = torch.zeros(2, dtype=torch.uint64, device=q.device)  # nothing is dropped out

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tided.draft.eagle3 import Eagle3, array_of, tensor_of
 from tided.draft.tensors import Array
 from tided.model.errors import Refused
-from tided.model.records import Progress
+from tided.model.jobs import Progress
 from tided.training import resume
 from tided.training.batches import Batch, Order, prefetched
 from tided.training.data import Pack, Run

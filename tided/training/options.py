@@ -8,7 +8,7 @@ import torch
 
 from tided.model.codec import from_plain, to_plain
 from tided.model.errors import Refused
-from tided.model.records import Recipe
+from tided.model.jobs import Recipe
 
 
 class OptimizerName(StrEnum):

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from tided.model.codec import to_plain
-from tided.model.records import JobResult, Progress
+from tided.model.jobs import JobResult, Progress
 
 
 class Reporter:

@@ -16,7 +16,7 @@ from tided.draft.reference import FILE, SCHEMA
 from tided.draft.target import TargetConfig
 from tided.draft.tensors import to_float32, write_file
 from tided.model.errors import Refused
-from tided.model.records import JobResult, JobSpec, Progress
+from tided.model.jobs import JobResult, JobSpec, Progress
 
 _WEIGHTS = (
     "input_layernorm",

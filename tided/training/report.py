@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tided.model.codec import to_plain
+from tided.model.drafts import Evaluation
 from tided.model.errors import Unavailable
-from tided.model.records import Evaluation, JobResult
+from tided.model.jobs import JobResult
 
 JSON_FILE = "report.json"
 PICTURE_FILE = "report.svg"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tided.draft.eagle3 import Eagle3
-from tided.model.records import SamplingScore
+from tided.model.drafts import SamplingScore
 from tided.training.data import Pack, Run, whole_packs
 from tided.training.losses import Frozen
 from tided.training.ttt import Unroll

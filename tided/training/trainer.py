@@ -16,8 +16,9 @@ import torch
 from tided.draft import checkpoint
 from tided.draft.checkpoint import Checkpoint
 from tided.draft.eagle3 import Eagle3, array_of
+from tided.model.drafts import Evaluation
 from tided.model.errors import Refused
-from tided.model.records import CHECKPOINT_FILE, Candidate, Evaluation, JobResult, JobSpec, Progress
+from tided.model.jobs import CHECKPOINT_FILE, Candidate, JobResult, JobSpec, Progress
 from tided.training.chains import chains_of
 from tided.training.data import Run, read_runs, split_prompts
 from tided.training.evaluate import evaluate

@@ -8,9 +8,9 @@ which rows belong to which request and where its first position is. Positions of
 from dataclasses import dataclass
 
 from tided.model.codec import from_plain, to_plain
+from tided.model.engines import TapTotals
 from tided.model.errors import Refused
 from tided.model.ids import check_digest, check_name
-from tided.model.records import TapTotals
 from tided.wire.checksum import crc32
 from tided.wire.envelope import seal, unseal
 

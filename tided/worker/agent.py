@@ -27,7 +27,7 @@ from tided import logs
 from tided.model import failpoints
 from tided.model.errors import ConfigError, TideError
 from tided.model.ids import check_name, new_id
-from tided.model.records import JobKind, WorkerInfo
+from tided.model.jobs import JobKind, WorkerInfo
 from tided.store.client import connect, shown
 from tided.store.jobs import Claim, JobStore
 from tided.store.lease import boottime_s

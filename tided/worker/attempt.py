@@ -14,7 +14,7 @@ from tided.machine.job import Verdict
 from tided.model import failpoints
 from tided.model.codec import from_plain, to_plain
 from tided.model.errors import Conflict, Refused, TideError, Unavailable
-from tided.model.records import JobKind, JobResult, JobSpec, Progress
+from tided.model.jobs import JobKind, JobResult, JobSpec, Progress
 from tided.store.jobs import Claim, JobStore, TooLarge
 from tided.store.lease import MARGIN, boottime_s
 from tided.worker import leftovers

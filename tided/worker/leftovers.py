@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from tided.model.records import CHECKPOINT_FILE
+from tided.model.jobs import CHECKPOINT_FILE
 
 
 def attempt_dir(work_dir: Path, job: str, attempt: int) -> Path:

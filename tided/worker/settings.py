@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tided.machine.placement import Capacity
-from tided.model.records import JobKind
+from tided.model.jobs import JobKind
 
 NICE = 5
 TRAINER = (sys.executable, "-m", "tided.training")

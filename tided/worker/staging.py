@@ -15,7 +15,7 @@ import anyio.from_thread
 from tided.draft.cache import Cache
 from tided.draft.target import describe
 from tided.model.errors import NotFound, Refused, TideError, Unavailable
-from tided.model.records import JobKind, JobResult, JobSpec, StoredObject
+from tided.model.jobs import JobKind, JobResult, JobSpec, StoredObject
 from tided.store import objects
 from tided.store.objects import Kind, ObjectStore, Stager
 from tided.worker.settings import WorkerSettings

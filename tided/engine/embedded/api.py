@@ -26,9 +26,9 @@ from tided.engine.embedded.control import EmbeddedControl
 from tided.engine.embedded.sampling import SamplingParams
 from tided.engine.embedded.scheduler import Output, Request, Scheduler
 from tided.engine.embedded.text import StopText, Tokens
+from tided.model.engines import RequestStats
 from tided.model.errors import Refused, Unavailable
 from tided.model.ids import new_id
-from tided.model.records import RequestStats
 
 NO_CAPTURE_HEADER = "x-tide-no-capture"
 GAMMA_HEADER = "x-tide-gamma"

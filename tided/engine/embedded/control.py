@@ -18,8 +18,8 @@ from tided.engine.embedded.profile import measure
 from tided.engine.embedded.scheduler import Scheduler
 from tided.engine.embedded.target import Target
 from tided.model.codec import to_plain
+from tided.model.engines import Capability, EngineInfo, LatencyProfile
 from tided.model.errors import Refused, Unavailable
-from tided.model.records import Capability, EngineInfo, LatencyProfile
 from tided.wire.control import Body, MeasureProfile, SetSchedule, Swap
 
 

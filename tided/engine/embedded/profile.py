@@ -10,7 +10,7 @@ import torch
 from tided.engine.embedded.drafter import Context, Drafter
 from tided.engine.embedded.sampling import SamplingParams
 from tided.engine.embedded.target import Target
-from tided.model.records import LatencyProfile
+from tided.model.engines import LatencyProfile
 
 CONTEXT = 192
 """Tokens that each slot attends to while measured: about what a short chat holds."""

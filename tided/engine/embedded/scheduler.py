@@ -18,8 +18,8 @@ from tided.engine.boundary import perform
 from tided.engine.embedded.drafter import Context, Drafter
 from tided.engine.embedded.sampling import Proposal, SamplingParams, accept_greedy, accept_sampled, generator
 from tided.engine.embedded.target import Target
+from tided.model.engines import RequestStats, StepCounts
 from tided.model.errors import Refused, Unavailable
-from tided.model.records import RequestStats, StepCounts
 
 PREFILL_CHUNK = 512
 """Prompt rows computed at once, and prompt rows after which a step stops admitting."""

@@ -15,8 +15,8 @@ from tided.engine.sglang.steps import Schedule, StepBook
 from tided.engine.sglang.weights import DraftWeights, Staged
 from tided.engine.tap import TapSettings
 from tided.model.codec import to_plain
+from tided.model.engines import Capability, EngineInfo, LatencyProfile, TargetInfo
 from tided.model.errors import Refused, Unavailable
-from tided.model.records import Capability, EngineInfo, LatencyProfile, TargetInfo
 from tided.wire.control import Body, MeasureProfile, SetSchedule, Swap
 
 KIND = "sglang"

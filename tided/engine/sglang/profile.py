@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 from tided.engine.sglang.rows import OWN
 from tided.engine.sglang.steps import Schedule
+from tided.model.engines import LatencyProfile
 from tided.model.errors import Unavailable
-from tided.model.records import LatencyProfile
 
 SKIP_IDLE_DRAFT = "SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND"
 PROMPT_TOKENS = 128

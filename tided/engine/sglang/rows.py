@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from tided.engine.plugin import plain_temperature
 from tided.engine.sglang.steps import StepBook
 from tided.engine.tap import MAX_TAIL, Tap
-from tided.model.records import RequestStats
+from tided.model.engines import RequestStats
 
 if TYPE_CHECKING:
     import torch

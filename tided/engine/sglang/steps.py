@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tided.engine.plugin import Faults
+from tided.model.engines import RequestStats, StepCounts
 from tided.model.errors import Refused
-from tided.model.records import RequestStats, StepCounts
 
 
 class Schedule:

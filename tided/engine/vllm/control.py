@@ -15,8 +15,8 @@ from tided.engine.vllm.profile import measure
 from tided.engine.vllm.remote import RemoteTap
 from tided.engine.vllm.worker import Attached
 from tided.model.codec import to_plain
+from tided.model.engines import Capability, EngineInfo, LatencyProfile, TargetInfo
 from tided.model.errors import Conflict, Refused, Unavailable
-from tided.model.records import Capability, EngineInfo, LatencyProfile, TargetInfo
 from tided.wire.control import Body, MeasureProfile, SetSchedule, Swap
 
 KIND = "vllm"

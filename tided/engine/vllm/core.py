@@ -20,9 +20,9 @@ from tided.engine.vllm.counts import Schedule, SchedulerCounts
 from tided.engine.vllm.remote import RemoteTap
 from tided.engine.vllm.settings import VllmSettings
 from tided.engine.vllm.worker import AttachRequest
+from tided.model.engines import TargetInfo
 from tided.model.errors import Refused
 from tided.model.ids import new_id
-from tided.model.records import TargetInfo
 
 log = logging.getLogger("vllm.tided")  # under vLLM's own logger, so that its handlers show it
 

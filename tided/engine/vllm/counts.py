@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tided.engine.plugin import Faults, plain_temperature
+from tided.model.engines import RequestStats, StepCounts
 from tided.model.errors import Refused
-from tided.model.records import RequestStats, StepCounts
 
 PLACE = "acceptance counts"
 

@@ -18,9 +18,9 @@ from typing import Any
 from tided.engine.vllm import worker
 from tided.engine.vllm.counts import Schedule, SchedulerCounts
 from tided.engine.vllm.optout import MARK
+from tided.model.engines import LatencyProfile
 from tided.model.errors import Unavailable
 from tided.model.ids import new_id
-from tided.model.records import LatencyProfile
 
 CONTEXT = 96
 PASSES = 3

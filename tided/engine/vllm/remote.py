@@ -7,8 +7,8 @@ from typing import Any
 from tided.engine.boundary import TIMEOUT_S
 from tided.engine.vllm import worker
 from tided.engine.vllm.worker import Status
+from tided.model.engines import TapTotals
 from tided.model.errors import TideError
-from tided.model.records import TapTotals
 
 _SOON_S = 0.5
 

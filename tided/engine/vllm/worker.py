@@ -19,8 +19,8 @@ from tided.engine.publisher import Publisher
 from tided.engine.tap import Tap, TapSettings
 from tided.engine.vllm.capture import Capture, Ending, StepRows
 from tided.engine.vllm.optout import opted_out
+from tided.model.engines import TapTotals
 from tided.model.errors import Refused, TideError, Unavailable
-from tided.model.records import TapTotals
 
 TAP, SWAP = "tap", "swap"
 
