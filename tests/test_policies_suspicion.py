@@ -63,10 +63,10 @@ class Story:
     def wish(self) -> Wish | None:
         return wish(self.state, self.served, self.now_ms, RULES)
 
-    def score(self, alpha: float, since_ms: int | None = None) -> None:
+    def score(self, alpha: float, since_ms: int | None = None, prompts: int = 40) -> None:
         since_ms = self.state.onset_ms if since_ms is None else since_ms
         self.state = asked(self.state, Wish(T, since_ms), "job", self.now_ms)
-        self.state, news = judge(self.state, self.served, (score(self.draw, alpha),))
+        self.state, news = judge(self.state, self.served, (score(self.draw, alpha, prompts),))
         self.news += [item.kind for item in news]
 
     def fall(self, alpha: float, **how: bool) -> None:
@@ -108,6 +108,16 @@ def test_the_score_says_which_it_is(scored: float, answer: Answer, told: list[st
     assert story.news == told
     assert bool(story.state.suspected) == (answer is Answer.FAULT)
     assert not story.state.questioned
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_draft_that_has_lost_nearly_all_needs_no_long_comparison(seed: int) -> None:
+    """A share of next to nothing is told from chance by hundreds of requests only: that the score has fallen as far is enough."""
+    story = Story(seed=seed)
+    story.fall(0.03)
+    story.serve(0.03, MIN_REQUESTS // 4)
+    story.score(0.04, prompts=12)
+    assert (story.state.answer, story.state.answered_by, story.news) == (Answer.DRIFT, "job", [])
 
 
 def test_the_score_that_said_drift_is_named_until_the_next_fall() -> None:

@@ -1,13 +1,14 @@
 """Has the traffic moved, or is the engine at fault? One engine's newest fall of acceptance, and what has been found out about it.
 
 A fall alone says neither. So it opens a question, and while that is open nothing is trained: the draft that serves is scored on what was
-captured since the fall began, and the answer is DRIFT when it scores as low as it serves, FAULT when it scores surely more, and NONE when
-it has passed and the draft scores what it did before. A fall is the trend's (`tided.policies.training`) or newest requests that are surely
-below what the draft is expected to give: what its gate's evaluation said of greedy requests, or what its own newest score said. Before it
-is sure, newest requests that sag are reason enough to tap, and to wait with a training (`wary`): then samples are there when the question
-is asked. Where the speculation policy has stopped drafting meanwhile, too little is served to compare; then it is DRIFT if the score has
-fallen by most of what the newest requests have, and if it has not, some requests must be drafted for (`held`). A question that nobody could
-answer in time is answered LATE, and taken for drift: a missing worker must not keep a target from training for ever.
+captured since the fall began. The answer is DRIFT when it scores as low as it serves, or when the score has surely fallen by most of what
+the newest requests have; FAULT when it scores surely more; NONE when the fall has passed and it scores what it did before. A fall is the
+trend's (`tided.policies.training`) or newest requests that are surely below what the draft is expected to give: what its gate's evaluation
+said of greedy requests, or what its own newest score said. Before it is sure, newest requests that sag are reason enough to tap, and to
+wait with a training (`wary`): then samples are there when the question is asked. Where the speculation policy has stopped drafting
+meanwhile, too little is served to compare; then it is DRIFT if the score has fallen by most of what the newest requests have, and if it has
+not, some requests must be drafted for (`held`). A question that nobody could answer in time is answered LATE, and taken for drift: a
+missing worker must not keep a target from training for ever.
 
 Without a fall the draft is scored now and then all the same, one temperature after the other.
 """
@@ -326,10 +327,11 @@ def judge(
     if suspected:
         return replace(after, held=False, answer=Answer.FAULT), tuple(news)
     compared = [found[at] for at in state.fell if at in found and found[at].enough]
-    if about and (all(item.surely_sound for item in compared) if compared else _explained(state, served, before, new)):
-        known = {expected.temperature: expected for expected in state.known}
-        moved = any(_fell(known.get(at), new.get(at)) for at in state.fell)
-        moved = moved or (state.trending and not _passed(state, known, new))
+    known = {expected.temperature: expected for expected in state.known}
+    fell = [_fell(known.get(at), new.get(at)) for at in state.fell]
+    explained = _explained(state, served, known, new) and (all(fell) or not compared)
+    if about and (explained or (compared and all(item.surely_sound for item in compared))):
+        moved = any(fell) or (state.trending and not _passed(state, known, new))
         after = replace(after, held=False, answer=Answer.DRIFT if moved else Answer.NONE)
         after = replace(after, answered_by=state.job if moved else "")
     elif state.answer is Answer.OPEN:
