@@ -212,8 +212,10 @@ async def test_traffic_that_comes_back_gets_its_draft_back_without_a_training(sc
     assert not (await scene.collection()).drifting
 
 
-async def test_the_score_that_says_drift_has_scored_the_pool_as_well(scene: Scene) -> None:
-    """One question, one job: as soon as it is known that the traffic has moved, the head moves."""
+@pytest.mark.parametrize("requests", [20, 7])
+async def test_the_score_that_says_drift_has_scored_the_pool_as_well(scene: Scene, requests: int) -> None:
+    """One question, one job: as soon as it is known that the traffic has moved, the head moves. On too few requests to choose by it is
+    asked once more, at once."""
     await scene.engine.report(alpha=0.6, requests=60, temperature=0.0)
     await scene.control.cycle()
     now_ms = await scene.control.context.now_ms() + 1
@@ -226,11 +228,16 @@ async def test_the_score_that_says_drift_has_scored_the_pool_as_well(scene: Scen
     assert claim.job.spec.mix == ((0.0, 1.0),)
     assert await scene.control.events("drift-detected") == []
     low = SamplingScore(0.0, (50.0,) * 20, (5.0,) * 20, (0.0909,) * 4, (0.0909,) * 4)  # as it is served: 4 in 40 steps
-    serving = replace(evaluation(scene.night.version, 1.1, 20), sampling=(low,))
-    result = JobResult(version=scene.night.version, candidate=serving, scores=(evaluation(scene.day.version, 2.3, 20),))
-    await scene.control.context.jobs.finish(claim, result)
+    serving = replace(evaluation(scene.night.version, 1.1, requests), sampling=(low,))
+    scores = (evaluation(scene.day.version, 2.3, requests),)
+    await scene.control.context.jobs.finish(
+        claim, JobResult(version=scene.night.version, candidate=serving, scores=scores)
+    )
+    if requests == 7:
+        scene.samples(now_ms + 2)
+        await scene.score(await scene.claimed(), day=2.3, night=1.1)
     await scene.serves(scene.day)
-    assert await scene.jobs(JobKind.SCORE) == [JobState.SUCCEEDED]
+    assert await scene.jobs(JobKind.SCORE) == [JobState.SUCCEEDED] * (1 if requests == 20 else 2)
     assert await scene.jobs(JobKind.TRAIN) == []
     kinds = [event.kind for event in await scene.control.events("drift-detected", "pool-scored", "pool-switched")]
     assert kinds == ["drift-detected", "pool-scored", "pool-switched"]

@@ -197,14 +197,21 @@ class Scout:
         )
 
     async def _answer(self, pool: Pool, serving: str) -> str:
-        """The score that has said why acceptance fell, if it scored pooled drafts against the one that serves; or ""."""
+        """The score that has said why acceptance fell, if it has pooled drafts beside the serving one, on enough to choose by; or ""."""
         for member in pool.members:
             found = member.suspicion
             if found.answered_by and found.version == serving:  # the trend may be level again by now
                 job = await self._context.jobs.get(found.answered_by)
-                if job is not None and job.state is JobState.SUCCEEDED and job.spec.candidates:
+                if job is not None and job.state is JobState.SUCCEEDED and job.spec.candidates and self._suffices(job):
                     return job.id
         return ""
+
+    def _suffices(self, job: Job) -> bool:
+        """A fall may be explained by fewer requests than a choice of drafts takes."""
+        score, settings = job.result.candidate if job.result is not None else None, self._context.config.pool
+        return (
+            score is not None and len(score.groups) >= settings.min_requests and sum(score.tokens) >= settings.min_rows
+        )
 
     def _shadow_every_ms(self, pool: Pool) -> int:
         """How often to ask because an engine drafts nothing; 0 while none has done so for that long."""
