@@ -320,6 +320,18 @@ def test_a_version_that_serves_below_its_gate_is_asked_about(*, alone: bool, ans
     assert (found.answer, [item.kind for item in news]) == (Answer.FAULT, ["engine-fault-suspected"])
 
 
+@pytest.mark.parametrize(("own", "answer"), [(False, Answer.OPEN), (True, Answer.NONE)])
+def test_a_version_that_was_not_scored_since_it_serves_answers_for_few_steps_too(*, own: bool, answer: Answer) -> None:
+    """Where acceptance is next to nothing the policy drafts a step now and then, and nobody would ever ask."""
+    expected = Expected(T, (0.6,) * 4, 0.02, own=own, alone=not own)
+    state, draw, served = Suspicion("i", "v", expected=(expected,)), random.Random(0), ServedClasses()
+    for second in range(10):
+        stats = replace(request(draw, 0.05), spec_steps=10, drafted=10, accepted=1, output_tokens=60)
+        served.add(stats, NOW + second, captured=True)
+    state, _ = look(state, served, (), NOW + 20, RULES, judgeable=True)
+    assert state.answer is answer
+
+
 @pytest.mark.parametrize(("scored", "answer", "held"), [(0.12, Answer.DRIFT, False), (0.6, Answer.OPEN, True)])
 def test_where_drafting_has_stopped_the_fall_of_the_score_must_explain_it(
     scored: float, answer: Answer, held: bool

@@ -11,6 +11,7 @@ from tests.conftest import Valkey
 from tests.control import Control, leading, settings, store_samples
 from tests.engine_double import EngineDouble, describe_double, running_double
 from tests.support import cut_at, eventually
+from tided.model.deployments import Deployment, DeploymentState
 from tided.model.drafts import Evaluation, SamplingScore
 from tided.model.engines import Capability
 from tided.model.jobs import Job, JobKind, JobResult, JobState
@@ -18,6 +19,7 @@ from tided.model.policy import SpeculationMode
 from tided.policies.faults import WINDOW, Comparison, Verdict
 from tided.policies.speedup import expected_length
 from tided.policies.suspicion import TOKENS, Suspicion, cause
+from tided.services import deployer
 from tided.services.faults import AGAIN_MS, STATE, describe
 from tided.services.monitor import EngineView
 
@@ -251,6 +253,22 @@ async def test_another_version_or_another_life_begins_without_suspicion(scene: S
         return await scene.warnings() == []
 
     await eventually(clear)
+
+
+async def test_a_version_that_a_rollback_brought_back_serves_anew(scene: Scene) -> None:
+    """What it scored before says nothing of the traffic of now, by which the other one may have failed."""
+    scene.samples(train=1)
+    await scene.served(0.6, temperature=0.0)
+    await scene.judge(t00=0.6)
+    watch, context = scene.control.controller.faults, scene.control.context
+    before = await watch.current(ENGINE)
+    assert [expected.own for expected in before.expected] == [True]
+    epoch, rolled_back = context.leadership.require(), DeploymentState.ROLLED_BACK
+    back = Deployment("dep-1", ENGINE, "e" * 64, before.version, rolled_back, epoch, NOW_MS, NOW_MS, "gate")
+    await context.state.put(deployer.STATE, ENGINE, back, epoch)
+    await scene.control.cycle()
+    after = await watch.current(ENGINE)
+    assert (after.version, after.deployment, after.expected) == (before.version, "dep-1", ())
 
 
 async def test_what_is_hardly_served_any_more_keeps_nothing_from_training(scene: Scene) -> None:

@@ -65,7 +65,8 @@ def started(spec: JobSpec, out: Path, processes: int = 0) -> Generator[subproces
 
 def ended(process: subprocess.Popen[bytes]) -> JobResult:
     output, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, (output[-500:], errors.decode()[-3000:])
+    if process.returncode:
+        pytest.fail(f"exit status {process.returncode}: {output[-500:]!r}\n{errors.decode()[-8000:]}")
     return from_plain(JobResult, json.loads(output.splitlines()[-1])["result"])
 
 

@@ -127,6 +127,9 @@ class Suspicion:
 
     incarnation: str = ""
     version: str = ""
+    deployment: str = (
+        ""  # the newest onto the engine, when this began: after one that was rolled back the version serves anew
+    )
     job: str = ""
     temperature: float = -1.0
     since_ms: int = 0

@@ -198,7 +198,8 @@ class Controller:
             return problem
         if deployment is None or deployment.state.final:
             peers = [peer for peer in self.monitor.views.values() if peer.info.target.digest == view.info.target.digest]
-            suspicion = await self.faults.reconcile(view, peers, context.target_of(view.info.target), now_ms)
+            target, newest = context.target_of(view.info.target), deployment.id if deployment is not None else ""
+            suspicion = await self.faults.reconcile(view, peers, target, newest, now_ms)
             if suspicion.questioned:
                 await self.selftest.doubt(view, suspicion.onset_ms, now_ms)
         else:

@@ -10,6 +10,7 @@ lack the last hidden state, cannot be judged.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import anyio.to_thread
 
@@ -53,13 +54,16 @@ class FaultWatch:
     async def current(self, engine: str) -> Suspicion:
         return await self._context.state.get(Suspicion, STATE, engine) or Suspicion()
 
-    async def reconcile(self, view: EngineView, peers: Sequence[EngineView], target: Target, now_ms: int) -> Suspicion:
-        """Take what is known of the engine one step further. `peers`: the engines of its target. Raises `Unavailable`, `Superseded`."""
+    async def reconcile(
+        self, view: EngineView, peers: Sequence[EngineView], target: Target, deployment: str, now_ms: int
+    ) -> Suspicion:
+        """Take what is known of the engine one step further. `peers`: the engines of its target; `deployment`: the newest onto it, or "".
+        Raises `Unavailable`, `Superseded`."""
         context, rules = self._context, self._rules(target)
         before = await self.current(view.engine)
         state = before
-        if (state.incarnation, state.version) != (view.info.incarnation, view.version):
-            state = await self._fresh(view, alone=len(peers) == 1)
+        if (state.incarnation, state.version, state.deployment) != (view.info.incarnation, view.version, deployment):
+            state = replace(await self._fresh(view, alone=len(peers) == 1), deployment=deployment)
         state, news = suspicion.look(state, view.served, view.falls(), now_ms, rules, judgeable=_judgeable(view))
         wanted = suspicion.wish(state, view.served, now_ms, rules) if _judgeable(view) else None
         if state.job:
