@@ -16,6 +16,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from tided.engine.embedded.target import Target
 from tided.engine.publisher import Publisher
 from tided.engine.tap import Tap, TapSettings
 from tided.model.jobs import Recipe
-from tided.store.valkey import find_binary
+from tided.store.valkey import EmbeddedValkey
 from tided.training import flash
 from tided.training.batches import Order
 from tided.training.data import Run
@@ -184,7 +185,7 @@ def operations_of(runs: Sequence[Run], frozen: Frozen, options: TrainOptions) ->
     objective = Objective(_new_draft(options.device), frozen, options, sampler.seen)
     candidates = sampler.draw(0)
     total = tokens = 0
-    for batch in _first(Order(runs, [], options).batches(0), 2):
+    for batch in islice(Order(runs, [], options).batches(0), 2):
         batch.receive()
         # torch does not know flash kernels whose queries share keys; the plain attention's products are left out below.
         with _attention(lambda *_: False), FlopCounterMode(display=False) as counter:
@@ -199,7 +200,7 @@ def _profile(runs: Sequence[Run], frozen: Frozen, options: TrainOptions) -> None
     """Print which kernels take a step's time."""
     sampler = CandidateSampler(runs, frozen, options.negatives)
     objective = Objective(_new_draft(options.device), frozen, options, sampler.seen)
-    batches = list(_first(Order(runs, [], options).batches(0), 3))
+    batches = list(islice(Order(runs, [], options).batches(0), 3))
     for turn, batch in enumerate(batches):
         batch.receive()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
@@ -236,11 +237,6 @@ def synthetic(tokens: int, hidden: int, vocab: int, device: torch.device) -> Ite
         ids = np.minimum(rng.zipf(1.2, rows + 1), vocab) - 1
         yield Run(states, ids, 0, prompt, rng.bytes(16))
         made += rows
-
-
-def _first(items: Iterator[Any], count: int) -> Iterator[Any]:
-    for item, _ in zip(items, range(count), strict=False):
-        yield item
 
 
 @contextmanager
@@ -351,20 +347,32 @@ def steps(device: torch.device) -> list[Claim]:
     served = Target(
         target(device), dtype=torch.bfloat16, device=device.type, max_batch=max(STEP_BATCHES), max_context=2 * CONTEXT
     )
+    return asyncio.run(_with_taps(served))
+
+
+async def _with_taps(served: Target) -> list[Claim]:
     claims = list[Claim]()
-    with tempfile.TemporaryDirectory(prefix="tided-device-") as directory, _valkey(Path(directory)) as url:
-        for batch in STEP_BATCHES:
-            step = _Step(served, batch)
-            taps = {name: _Tapped(served, url, name, pinned) for name, pinned in (("side", True), ("waits", False))}
-            found: dict[str, list[float]] = {"none": [], **{name: [] for name in taps}}
-            for turn in range(STEP_TURNS + 1):
-                for name in list(found) if turn % 2 else list(found)[::-1]:
-                    seconds = step.turn(taps.get(name))
-                    if turn:
-                        found[name].append(seconds)
-            shed = sum(tapped.close() for tapped in taps.values())
-            claims += costs_of(batch, found, shed)
+    with tempfile.TemporaryDirectory(prefix="tided-device-") as directory:
+        valkey = EmbeddedValkey(Path(directory), 1 << 30)
+        await valkey.start()
+        try:
+            for batch in STEP_BATCHES:
+                claims += _measured(served, batch, valkey.url)
+        finally:
+            await valkey.stop()
     return claims
+
+
+def _measured(served: Target, batch: int, url: str) -> list[Claim]:
+    step = _Step(served, batch)
+    taps = {name: _Tapped(served, url, name, pinned) for name, pinned in (("side", True), ("waits", False))}
+    found: dict[str, list[float]] = {"none": [], **{name: [] for name in taps}}
+    for turn in range(STEP_TURNS + 1):
+        for name in list(found) if turn % 2 else list(found)[::-1]:
+            seconds = step.turn(taps.get(name))
+            if turn:
+                found[name].append(seconds)
+    return costs_of(batch, found, sum(tapped.close() for tapped in taps.values()))
 
 
 def costs_of(batch: int, found: dict[str, list[float]], shed: int) -> list[Claim]:
@@ -462,19 +470,6 @@ while True:
         client.xdel(stream, *(name for name, _ in entries))
         client.decrby(credit, sum(len(value) for _, fields in entries for value in fields.values()))
 """
-
-
-@contextmanager
-def _valkey(directory: Path) -> Generator[str]:
-    path = directory / "valkey"
-    with subprocess.Popen(
-        [str(find_binary()), "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(directory)],
-        stdout=subprocess.DEVNULL,
-    ) as server:
-        while not path.exists():
-            time.sleep(0.01)
-        yield f"unix://{path}"
-        server.terminate()
 
 
 if __name__ == "__main__":

@@ -93,9 +93,18 @@ class Expected:
         return cls(score.temperature, score.conditional, error / mean if mean > 0.0 else 0.0, own=True)
 
     @property
+    def of_this_engine(self) -> bool:
+        """Whether it is of this engine's traffic alone."""
+        return self.own or self.alone
+
+    @property
+    def accepted(self) -> float:
+        """Drafted tokens accepted a step, of as many as it was scored with."""
+        return accepted_at(self.conditional, len(self.conditional))
+
+    @property
     def alpha(self) -> float:
-        gamma = len(self.conditional)
-        return alpha_from_length(1.0 + accepted_at(self.conditional, gamma), gamma)
+        return alpha_from_length(1.0 + self.accepted, len(self.conditional))
 
     def missed_by(self, served: ServedClass) -> bool:
         """Whether newest requests, few or more of them, surely accept less. A version that nobody has scored here yet must answer for those
@@ -369,9 +378,9 @@ def _newest_alpha(served: ServedClass, since_ms: int) -> float | None:
 
 def _fell(before: Expected | None, new: Expected | None) -> bool:
     """Whether the score itself is surely less than the one before, on this engine's samples; of a gate's, by much: it was of older ones."""
-    if before is None or new is None or not (before.own or before.alone):
+    if before is None or new is None or not before.of_this_engine:
         return False
-    old, now = (accepted_at(item.conditional, len(item.conditional)) for item in (before, new))
+    old, now = before.accepted, new.accepted
     margin = MARGIN if before.own else GATE_MARGIN
     return old - now > max(margin * old, SURE * sqrt((old * before.error) ** 2 + (now * new.error) ** 2))
 
@@ -383,10 +392,9 @@ def _passed(state: Suspicion, known: dict[float, Expected], new: dict[float, Exp
 
 def _level(before: Expected | None, new: Expected | None) -> bool:
     """Whether the score is about what it was, on this engine's samples."""
-    if before is None or new is None or not (before.own or before.alone):
+    if before is None or new is None or not before.of_this_engine:
         return False
-    old, now = (accepted_at(item.conditional, len(item.conditional)) for item in (before, new))
-    return now >= (1.0 - MARGIN / 2.0) * old
+    return new.accepted >= (1.0 - MARGIN / 2.0) * before.accepted
 
 
 def _enough(score: SamplingScore) -> bool:

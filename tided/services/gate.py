@@ -45,7 +45,7 @@ def judge(incumbent: Evaluation, candidate: Evaluation, config: GateConfig) -> G
     """Compare two evaluations, matched by group. Deterministic for the same evaluations and configuration."""
     pairs = _pairs(incumbent, candidate)
     n, tokens = len(pairs), int(sum(weight for _, _, weight in pairs))
-    if n < config.min_requests or tokens < config.min_tokens:
+    if not enough(n, tokens, config):
         need = f"{config.min_requests} requests and {config.min_tokens} tokens are needed"
         old, new = _means(pairs)
         return GateDecision(
@@ -62,6 +62,11 @@ def judge(incumbent: Evaluation, candidate: Evaluation, config: GateConfig) -> G
             f"acceptance length {old:.2f} -> {new:.2f}, gain not sure (at least {lower:.3f})",
         )
     return GateDecision(verdict, old, new, new - old, lower, n, tokens, f"{reason} on {n} held-out requests")
+
+
+def enough(requests: int, tokens: int, config: GateConfig) -> bool:
+    """Whether so many can be judged by."""
+    return requests >= config.min_requests and tokens >= config.min_tokens
 
 
 def _pairs(incumbent: Evaluation, candidate: Evaluation) -> list[tuple[float, float, float]]:

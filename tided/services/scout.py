@@ -208,10 +208,8 @@ class Scout:
 
     def _suffices(self, job: Job) -> bool:
         """A fall may be explained by fewer requests than a choice of drafts takes."""
-        score, settings = job.result.candidate if job.result is not None else None, self._context.config.pool
-        return (
-            score is not None and len(score.groups) >= settings.min_requests and sum(score.tokens) >= settings.min_rows
-        )
+        score = job.result.candidate if job.result is not None else None
+        return score is not None and gate.enough(len(score.groups), sum(score.tokens), self._gate())
 
     def _shadow_every_ms(self, pool: Pool) -> int:
         """How often to ask because an engine drafts nothing; 0 while none has done so for that long."""
